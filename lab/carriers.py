@@ -1,0 +1,273 @@
+"""Frozen structs that travel through the house: VideoQA, Frames, VideoGrid, VisionTokens, TokenMap.
+
+They hold data and answer questions about it. They know no model, no tokenizer and no file format.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from lab.errors import PromptError, UsageError
+from lab.spans import GROUPS, KINDS, ROLES
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class VideoQA:
+    """A question about a video.
+
+    video     path (file or folder of images), uint8 array or tensor [frame, height, width, 3], or `Frames`
+    options   answer options; empty for an open question
+    answer    index of the right option, or the right text of an open question; None if unknown
+    state     ground truth of a simulated video; twin: the smallest change of video that flips the answer
+    """
+
+    video: Any
+    question: str
+    options: tuple[str, ...] = ()
+    answer: int | str | None = None
+    id: str = ""
+    task: str = ""
+    state: Any = field(default=None, repr=False, compare=False)
+    twin: VideoQA | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.question, str):
+            raise UsageError(f"question must be text, got {type(self.question).__name__}")
+        options = self.options
+        if isinstance(options, str) or not all(isinstance(o, str) for o in options):
+            raise UsageError(f"options must be a sequence of texts, got {options!r}")
+        object.__setattr__(self, "options", tuple(options))
+        if isinstance(self.video, Path):
+            object.__setattr__(self, "video", str(self.video))
+        self._check_options()
+
+    def _check_options(self) -> None:
+        n = len(self.options)
+        if n > len(LETTERS):
+            raise UsageError(f"{n} options but only {len(LETTERS)} letters; give at most {len(LETTERS)}")
+        if len(set(self.options)) < n:
+            raise UsageError(f"options must differ, got {self.options!r}")
+        if n and isinstance(self.answer, int) and not 0 <= self.answer < n:
+            raise UsageError(f"answer {self.answer} but there are {n} options; use 0..{n - 1}")
+
+    @property
+    def letter(self) -> str | None:
+        """Letter of the right option, None if there are no options or the answer is unknown."""
+        return LETTERS[self.answer] if self.options and isinstance(self.answer, int) else None
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Sampled frames as they were decoded: uint8, upright, RGB, at the file's own size.
+
+    seconds[i] is the presentation time of frame i, from the start of the video; index[i] its place in the file.
+    fps and duration (seconds) describe the source; 0.0 where the source does not say.
+    """
+
+    pixels: UInt8[Tensor, "frame channel height width"]
+    seconds: Float[Tensor, " frame"]
+    index: Int[Tensor, " frame"]
+    fps: float
+    duration: float
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.pixels.ndim != 4 or self.pixels.shape[1] != 3 or self.pixels.dtype != torch.uint8:
+            raise UsageError(
+                f"frames must be uint8 [frame, 3, height, width], got {self.pixels.dtype} {tuple(self.pixels.shape)}"
+            )
+        if not len(self.pixels) == len(self.seconds) == len(self.index):
+            raise UsageError(f"{len(self.pixels)} frames but {len(self.seconds)} times and {len(self.index)} indices")
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+@dataclass(frozen=True)
+class VideoGrid:
+    """Where each video token lies: one entry per token, in the order the decoder reads them.
+
+    frame    frame (tubelet) index, -1 for tokens of no frame (newline tokens)
+    row, col place in the frame's grid, -1 for tokens of no frame
+    seconds  time of the frame (mean over a tubelet), nan where unknown
+    weight   how many of the tower's patches (rows x cols x frames) were merged into this token
+    source   id of the token before any mechanism dropped or moved it
+    """
+
+    frame: Int[Tensor, " token"]
+    row: Int[Tensor, " token"]
+    col: Int[Tensor, " token"]
+    seconds: Float[Tensor, " token"]
+    weight: Float[Tensor, " token"]
+    source: Int[Tensor, " token"]
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def __getitem__(self, index: Tensor | slice) -> VideoGrid:
+        return VideoGrid(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    @staticmethod
+    def regular(frames: int, rows: int, cols: int, *, seconds: Tensor | None, weight: float) -> VideoGrid:
+        """Frame-major, row-major grid. `seconds` is [frames] or None (unknown)."""
+        n = frames * rows * cols
+        at = torch.arange(n)
+        frame = at // (rows * cols)
+        times = torch.full((n,), torch.nan) if seconds is None else seconds.float()[frame]
+        return VideoGrid(
+            frame, at // cols % rows, at % cols, times, torch.full((n,), float(weight)), at.clone()
+        )
+
+    def plus_newline(self) -> VideoGrid:
+        """The same grid followed by one token of no frame (LLaVA's image_newline)."""
+        tail = VideoGrid(
+            *(torch.tensor([-1]) for _ in range(3)),
+            torch.tensor([torch.nan]), torch.tensor([0.0]), torch.tensor([len(self)]),
+        )  # fmt: skip
+        return VideoGrid(*(torch.cat([getattr(self, f.name), getattr(tail, f.name)]) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class VisionTokens:
+    """What the vision side hands to the layout. `x` is None before the tower ran (layouts need only the grid).
+
+    x     [token, d_model]
+    deep  further features to be added after decoder layers 0..n-1 (DeepStack), each [token, d_model]
+    rope  rope positions the checkpoint gave these tokens, [axis, token]; None for plain 1-D positions
+    """
+
+    x: Float[Tensor, "token d_model"] | None
+    grid: VideoGrid
+    deep: tuple[Tensor, ...] = ()
+    rope: Int[Tensor, "axis token"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    def __getitem__(self, index: Tensor | slice) -> VisionTokens:
+        x = None if self.x is None else self.x[index]
+        rope = None if self.rope is None else self.rope[:, index]
+        return VisionTokens(x, self.grid[index], tuple(d[index] for d in self.deep), rope)
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """What every position of one world's sequence is. The roles partition the sequence: one role per position.
+
+    ids      token id of every position (placeholder id for video tokens)
+    pieces   text of every position ("" for video tokens and where no tokenizer is known)
+    role     index into `lab.spans.ROLES`; kind: index into `lab.spans.KINDS`
+    frame, row, col, option   -1 where the position has none
+    seconds  time of the frame or timestamp, nan where there is none
+    weight   patches merged into the token (1 for text)
+    order    position in the sequence before any mechanism dropped or moved tokens; rises
+    source   for video tokens: the id in the original VideoGrid, else -1
+    """
+
+    ids: Int[Tensor, " pos"]
+    pieces: tuple[str, ...]
+    role: Int[Tensor, " pos"]
+    kind: Int[Tensor, " pos"]
+    frame: Int[Tensor, " pos"]
+    row: Int[Tensor, " pos"]
+    col: Int[Tensor, " pos"]
+    option: Int[Tensor, " pos"]
+    seconds: Float[Tensor, " pos"]
+    weight: Float[Tensor, " pos"]
+    order: Int[Tensor, " pos"]
+    source: Int[Tensor, " pos"]
+
+    def __post_init__(self) -> None:
+        n = len(self.ids)
+        for f in fields(self):
+            got = len(getattr(self, f.name))
+            if got != n:
+                raise PromptError(f"token map: {got} entries of {f.name} for {n} positions")
+        if n > 1 and not bool((self.order.diff() > 0).all()):
+            raise PromptError(f"token map: order must rise, got {self.order.tolist()[:8]}...")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def last(self) -> Int[Tensor, " one"]:
+        """The final prompt position, as a tensor of one."""
+        return self.where(role="last")
+
+    @property
+    def n_frames(self) -> int:
+        """Number of frames (tubelets) that have at least one token."""
+        return len(self.frame[self.role == ROLES.index("frame")].unique())
+
+    def roles(self) -> list[str]:
+        """The role name of every position, in order."""
+        return [ROLES[i] for i in self.role.tolist()]
+
+    def where(
+        self,
+        *,
+        role: str | Sequence[str] | None = None,
+        kind: str | None = None,
+        frame: int | Sequence[int] | None = None,
+        row: int | None = None,
+        col: int | None = None,
+        option: int | Sequence[int] | None = None,
+    ) -> Int[Tensor, " pos"]:
+        """Positions that match every given condition, ascending. Empty if none does.
+
+        role  a role, or a group that holds for any prompt: "video" (all frame tokens), "text" (all text but `last`)
+        Raises UsageError for an unknown role or kind, naming the closest.
+        """
+        hit = torch.ones(len(self), dtype=torch.bool)
+        if role is not None:
+            hit &= torch.isin(self.role, torch.tensor(_role_codes(role)))
+        if kind is not None:
+            hit &= self.kind == _code(kind, KINDS, "kind")
+        for column, want in ((self.frame, frame), (self.row, row), (self.col, col), (self.option, option)):
+            if want is not None:
+                hit &= torch.isin(column, torch.tensor([want] if isinstance(want, int) else list(want)))
+        return hit.nonzero().squeeze(1)
+
+    def only(self, index: Int[Tensor, " kept"]) -> TokenMap:
+        """The map of the kept positions; `index` ascending."""
+        pieces = tuple(self.pieces[i] for i in index.tolist())
+        columns = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "pieces"}
+        return replace(self, pieces=pieces, **columns)
+
+    def generated(self, ids: Sequence[int], pieces: Sequence[str] | None = None) -> TokenMap:
+        """The map with generated tokens appended."""
+        n, start = len(ids), int(self.order[-1]) + 1
+        minus = torch.full((n,), -1)
+        new: dict[str, Any] = {
+            "ids": torch.tensor(list(ids)), "role": torch.full((n,), ROLES.index("generated")),
+            "kind": torch.zeros(n, dtype=torch.long), "seconds": torch.full((n,), torch.nan),
+            "weight": torch.ones(n), "order": torch.arange(start, start + n),
+            **dict.fromkeys(("frame", "row", "col", "option", "source"), minus),
+        }  # fmt: skip
+        joined = {name: torch.cat([getattr(self, name), column]) for name, column in new.items()}
+        return TokenMap(pieces=self.pieces + tuple(pieces or [""] * n), **joined)
+
+
+def _role_codes(role: str | Sequence[str]) -> list[int]:
+    names = [role] if isinstance(role, str) else list(role)
+    known = tuple(dict.fromkeys(ROLES + tuple(GROUPS)))
+    for name in names:
+        _code(name, known, "role")
+    return [ROLES.index(r) for name in names for r in GROUPS.get(name, (name,))]
+
+
+def _code(name: str, known: tuple[str, ...], what: str) -> int:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        raise UsageError(f"no {what} {name!r}; closest: {', '.join(near) or 'none'}; known: {', '.join(known)}")
+    return known.index(name)

@@ -1,0 +1,115 @@
+"""Prompts: from a VideoQA to spans, and from spans to token ids with a role for every token.
+
+Knows text and tokenizers. Knows no family's chat template and no pixels: families say how to wrap a turn and how
+to write a video, this file joins, tokenises once, and gives roles by character offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lab.carriers import LETTERS, TokenMap, VideoGrid, VideoQA
+from lab.errors import PromptError
+from lab.spans import KINDS, ROLES, Span
+
+ANSWER_PREFIX = "Best option: ("  # so that the next token is a bare letter (Map the Flow, eval prompt)
+
+
+def question_spans(item: VideoQA) -> list[Span]:
+    """The user's text: stem, options, instruction. Text never starts or ends with a space or newline."""
+    if not item.options:
+        return [Span("question", item.question)]
+    spans = [Span("question", f"Question: {item.question}"), Span("instruction", "\nOptions:")]
+    for i, option in enumerate(item.options):
+        spans += [Span("instruction", "\n"), Span("option", f"({LETTERS[i]}) {option}", option=i)]
+    return [*spans, Span("instruction", "\nOnly give the best option.")]
+
+
+def answer_spans(item: VideoQA) -> list[Span]:
+    """The beginning of the answer that the prompt supplies; its final token becomes `last`."""
+    return [Span("template", ANSWER_PREFIX)] if item.options else []
+
+
+def render(spans: Sequence[Span]) -> str:
+    """The prompt as text, each video span written as <video:FRAME xN>."""
+    return "".join(s.text if s.rows is None else f"<video:{s.frame} x{s.rows[1] - s.rows[0]}>" for s in spans)
+
+
+def lay_out(spans: Sequence[Span], grid: VideoGrid, tokenizer: Any, placeholder: int) -> tuple[Tensor, TokenMap]:
+    """Token ids [1, pos] and the map of one world.
+
+    Text between two video spans is tokenised as one string, so merges across span borders are the tokenizer's own;
+    a token belongs to the span in which its first character lies. Text before and after a video span is tokenised
+    apart, as processors do that split at special tokens. Raises PromptError if a non-empty span got no token, or if
+    the spans do not use every video token exactly once.
+    """
+    used = [r for s in spans if s.rows is not None for r in range(*s.rows)]
+    if used != list(range(len(grid))):
+        raise PromptError(f"the layout places {len(used)} video tokens, the video has {len(grid)}; each must stand once, in order")
+    columns: dict[str, list[Any]] = {k: [] for k in ("ids", "pieces", "role", "kind", "frame", "row", "col", "option", "seconds", "weight", "source")}  # fmt: skip
+    text: list[Span] = []
+    for span in spans:
+        if span.rows is None:
+            text.append(span)
+            continue
+        _text(columns, text, tokenizer)
+        text = []
+        _video(columns, span, grid, placeholder)
+    _text(columns, text, tokenizer)
+    return _finish(columns)
+
+
+def _finish(columns: dict[str, list[Any]]) -> tuple[Tensor, TokenMap]:
+    if not columns["ids"]:
+        raise PromptError("the prompt is empty: give a question, a video, or both")
+    columns["role"][-1] = ROLES.index("last")
+    pieces = tuple(columns.pop("pieces"))
+    floats = {k: torch.tensor(columns.pop(k), dtype=torch.float32) for k in ("seconds", "weight")}
+    ints = {k: torch.tensor(v, dtype=torch.long) for k, v in columns.items()}
+    tokens = TokenMap(pieces=pieces, order=torch.arange(len(pieces)), **ints, **floats)
+    return tokens.ids[None], tokens
+
+
+def _text(columns: dict[str, list[Any]], spans: list[Span], tokenizer: Any) -> None:
+    whole = "".join(s.text for s in spans)
+    if not whole:
+        return
+    coded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    owner = [i for i, s in enumerate(spans) for _ in s.text]
+    seen: set[int] = set()
+    for id_, (start, stop) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+        at = owner[min(start, len(owner) - 1)]
+        seen.add(at)
+        _append(columns, spans[at], int(id_), whole[start:stop])
+    for i, span in enumerate(spans):
+        if span.text.strip() and i not in seen:
+            raise PromptError(f"the {span.role} text {span.text!r} shares all its tokens with its neighbour; the tokenizer merged them")
+
+
+def _append(columns: dict[str, list[Any]], span: Span, id_: int, piece: str) -> None:
+    row = {
+        "ids": id_, "pieces": piece, "role": ROLES.index(span.role), "kind": KINDS.index(span.kind),
+        "frame": -1 if span.frame is None else span.frame, "row": -1, "col": -1,
+        "option": -1 if span.option is None else span.option,
+        "seconds": float("nan") if span.seconds is None else span.seconds, "weight": 1.0, "source": -1,
+    }  # fmt: skip
+    for name, value in row.items():
+        columns[name].append(value)
+
+
+def _video(columns: dict[str, list[Any]], span: Span, grid: VideoGrid, placeholder: int) -> None:
+    assert span.rows is not None
+    part = grid[slice(*span.rows)]
+    n = len(part)
+    columns["ids"] += [placeholder] * n
+    columns["pieces"] += [""] * n
+    # a video token of no frame (image_newline) separates; it is still made by the vision side
+    columns["role"] += [ROLES.index("frame" if f >= 0 else "separator") for f in part.frame.tolist()]
+    columns["kind"] += [KINDS.index("video")] * n
+    columns["option"] += [-1] * n
+    for name in ("frame", "row", "col", "seconds", "weight", "source"):
+        columns[name] += getattr(part, name).tolist()
