@@ -1,0 +1,76 @@
+"""From a question, or from a processor's tensors, to a Ready. Touches no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+from lab.carriers import VideoQA
+from lab.errors import UsageError
+from lab.model.ready import Ready
+from lab.model.token_maps import token_maps
+from lab.prompt import answer_spans, lay_out, question_spans, render
+from lab.slots import Plan
+from lab.video import read as read_video
+
+N_FRAMES = 8
+
+
+def prepare(
+    model: Any, item: VideoQA, *, n_frames: int | None, fps: float | None, index: Sequence[int] | None,
+    system: str | None, plan: Plan,
+) -> Ready:  # fmt: skip
+    """Video -> frames -> pixels; question -> spans -> ids. The frames default to 8 uniform ones.
+
+    Raises VideoError for an unreadable video, PromptError for a prompt whose tokens cannot be given roles,
+    UsageError without a tokenizer.
+    """
+    tokenizer = model.need_tokenizer()
+    if n_frames is None and fps is None and index is None:
+        n_frames = N_FRAMES
+    frames = read_video(item.video, n_frames=n_frames, fps=fps, index=index)
+    if plan.sampler is not None:
+        frames = plan.sampler(frames, item.question)
+    family, config = model.family, model.hf.config
+    pixels, grid = family.pixels(frames, config, model.preprocessor)
+    spans = family.turn_for(tokenizer, family.video_spans(frames, grid), question_spans(item), answer_spans(item), system)
+    ids, tokens = lay_out(spans, grid, tokenizer, family.placeholder(config))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels, **family.extra_inputs(ids, config)}
+    return Ready(inputs, (tokens,), (grid,), item, frames, render(spans), plan)
+
+
+def prepare_inputs(model: Any, inputs: dict[str, Any], *, roles: Any) -> Ready:
+    """A transformers processor's own tensors, unchanged. Raises UsageError for what is missing or does not fit."""
+    inputs = {k: v for k, v in inputs.items() if v is not None}
+    _check(model, inputs)
+    config = model.hf.config
+    maps = token_maps(model.family, config, inputs, tokenizer=model.tokenizer, roles=roles)
+    return Ready(inputs, maps, tuple(model.family.grids(config, inputs)))
+
+
+def _check(model: Any, inputs: dict[str, Any]) -> None:
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        what = "nothing" if ids is None else f"{type(ids).__name__} {tuple(getattr(ids, 'shape', ()))}"
+        raise UsageError(f"input_ids must be an integer tensor [world, pos], got {what}")
+    if not ids.numel():
+        raise UsageError(f"input_ids are empty: {tuple(ids.shape)}")
+    n = model.hf.get_input_embeddings().weight.shape[0]
+    if int(ids.min()) < 0 or int(ids.max()) >= n:
+        raise UsageError(f"input_ids reach from {int(ids.min())} to {int(ids.max())}, the model has {n} embeddings")
+    mask = inputs.get("attention_mask")
+    if mask is not None and tuple(mask.shape) != tuple(ids.shape):
+        raise UsageError(f"attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}")
+    missing = model.family.missing_inputs(inputs, model.hf.config)
+    if missing:
+        raise UsageError(
+            f"{', '.join(missing)} missing: the model would run and give other numbers without a word; "
+            "pass all that the processor returned"
+        )
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UsageError(f"{name} holds {int((~torch.isfinite(value)).sum())} values that are nan or infinite")

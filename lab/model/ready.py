@@ -1,0 +1,55 @@
+"""Ready: a question laid out for one model, before any weight is touched. The state at the decoder's door is kept here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lab.carriers import Frames, TokenMap, VideoGrid, VideoQA
+from lab.errors import UsageError
+from lab.slots import Plan
+
+
+@dataclass
+class Ready:
+    """Inputs of one run.
+
+    inputs   the model's own keyword arguments (input_ids [world, pos], pixel_values_videos, ...)
+    maps     one TokenMap per world
+    grids    one VideoGrid per world
+    item, frames, prompt   what was prepared; None and "" for inputs that came from a processor
+    plan     what the mechanisms given to `prepare` asked for
+    """
+
+    inputs: dict[str, Any]
+    maps: tuple[TokenMap, ...]
+    grids: tuple[VideoGrid, ...] = ()
+    item: VideoQA | None = None
+    frames: Frames | None = None
+    prompt: str = ""
+    plan: Plan = field(default_factory=Plan)
+    memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # state at the door
+
+    @property
+    def n_worlds(self) -> int:
+        return len(self.maps)
+
+    @property
+    def n_pos(self) -> int:
+        ids: Tensor = self.inputs["input_ids"]
+        return int(ids.shape[1])
+
+    @property
+    def tokens(self) -> TokenMap:
+        """The token map. Worlds of different layout have one each: raises UsageError and names `maps`."""
+        first = self.maps[0]
+        if any(not _same(first, m) for m in self.maps[1:]):
+            raise UsageError(f"{len(self.maps)} worlds of different layout; use ready.maps[w] for the map of world w")
+        return first
+
+
+def _same(a: TokenMap, b: TokenMap) -> bool:
+    """Same roles in the same places (ids and times may differ)."""
+    return len(a) == len(b) and bool((a.role == b.role).all()) and bool((a.frame == b.frame).all())

@@ -1,0 +1,194 @@
+"""What travels beside one forward pass: the Run, the Call of the layer being run, and the torch hooks that consult them.
+
+One ContextVar holds the current Call (a decoder layer) or Front (the way to the decoder's door). Hook functions are
+module-level and find their HookPoint through it, so that deep copies and pickles of a model fire their own points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from lab.side import Side
+
+# q_order [q], k_order [k] (source positions) -> bool keep, or float bias to add, broadcastable to [world, head, q, k]
+Edges = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The checkpoint's own modules of one decoder layer. `attn` is None where the layer has no softmax attention."""
+
+    layer: nn.Module
+    index: int
+    attn: nn.Module | None
+    mixer: nn.Module | None
+    mlp: nn.Module | None
+    q: nn.Module | None  # its output is the pre-RoPE query: q_norm if there is one, else q_proj
+    k: nn.Module | None
+    o: nn.Module | None
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    window: int | None  # sliding attention window in positions, None for full attention
+    causal: bool
+
+
+@dataclass
+class Run:
+    """One forward pass (or one cached generation): its cuts, what is looked at, what has been reached."""
+
+    edges: Mapping[int, Edges] = field(default_factory=dict)
+    look: frozenset[int] = frozenset()
+    pad: Tensor | None = None
+    entered: set[int] = field(default_factory=set)
+    reached: set[int] = field(default_factory=set)
+    rope: list[tuple[Tensor, Any]] = field(default_factory=list)  # last (rope positions, embeddings) computed
+    masks: dict[int | None, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """One layer of one run, as hooks and the attention function see it."""
+
+    run: Run
+    parts: LayerParts
+    block: Any
+    side: Side
+    resid_pre: Tensor
+    k_order: Tensor | None = None  # source positions of all keys; set by the cache
+
+    def point(self, module: nn.Module) -> HookPoint | None:
+        """The HookPoint that this module's output goes through."""
+        if module is self.parts.mlp:
+            return self.block.hook_mlp_out
+        return self.block.mixer.hook_out if module is self.parts.mixer else None
+
+
+class AtDoor(Exception):
+    """Raised to stop transformers at the door of its language model. Never leaves the front end."""
+
+
+@dataclass
+class Front:
+    """The way to the decoder's door: which points tower and connector go through, and what arrived at the door."""
+
+    after: dict[nn.Module, HookPoint]
+    before: dict[nn.Module, HookPoint]
+    arrived: dict[str, Any] | None = None
+
+    def point(self, module: nn.Module) -> HookPoint | None:
+        return self.after.get(module)
+
+
+CURRENT: ContextVar[Call | Front | None] = ContextVar("lab_current", default=None)
+
+
+def watched(*points: HookPoint) -> bool:
+    """Whether anybody holds a torch hook on one of the points (TransformerLens, captum and plain torch alike)."""
+    return any(p._forward_hooks or p._backward_hooks or p._forward_pre_hooks for p in points)
+
+
+def masked_as(output: Any, value: Tensor) -> Any:
+    """A module's output with its tensor replaced."""
+    return (value, *output[1:]) if isinstance(output, tuple) else value
+
+
+# ---- torch hooks, placed once when a model is wrapped -------------------------------------------------------------
+
+
+def at_door(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Pre-hook of the language model: hand over what arrived and stop."""
+    front = CURRENT.get()
+    if isinstance(front, Front):
+        front.arrived = kwargs
+        raise AtDoor
+
+
+def enter_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Pre-hook of self-attention: take the Call that was handed to the layer.
+
+    Gradient checkpointing runs the layer again after the forward has ended, when the ContextVar is gone; the Call
+    comes back with the layer's own arguments.
+    """
+    if "lab_call" not in kwargs:
+        if isinstance(CURRENT.get(), Call):
+            CURRENT.set(None)  # plain use of the wrapped model after a recomputation in this thread
+        return None
+    kwargs = dict(kwargs)
+    CURRENT.set(kwargs.pop("lab_call"))
+    return args, kwargs
+
+
+def through(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook: the module's output goes through the HookPoint that the current run names."""
+    current = CURRENT.get()
+    point = None if current is None else current.point(module)
+    if point is None:
+        return None
+    value = output[0] if isinstance(output, tuple) else output
+    new = point(value)
+    return None if new is value else masked_as(output, new)
+
+
+def into(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Pre-hook of a tower layer: its input goes through the HookPoint that the current run names."""
+    front = CURRENT.get()
+    point = front.before.get(module) if isinstance(front, Front) else None
+    if point is None:
+        return None
+    if args:
+        return (point(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": point(kwargs["hidden_states"])}
+
+
+def pre_rope(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    """Forward hook of q_proj / k_proj (or q_norm / k_norm): hook_q, hook_k as world pos head d_head."""
+    call = CURRENT.get()
+    if not isinstance(call, Call):
+        return None
+    parts, points = call.parts, call.block.attn
+    if module is parts.q:
+        point, n = points.hook_q, parts.n_heads
+    elif module is parts.k:
+        point, n = points.hook_k, parts.n_kv_heads
+    else:
+        return None
+    if not watched(point):
+        return None
+    value = output.reshape(*output.shape[:2], n, parts.d_head)
+    return point(value).reshape(output.shape)
+
+
+def attn_out(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of self-attention: attn_out, and a writable resid_mid (the change rides on attn_out)."""
+    call = CURRENT.get()
+    if not isinstance(call, Call) or module not in (call.parts.attn, call.parts.mixer):
+        return None
+    value = output[0] if isinstance(output, tuple) else output
+    new = value
+    if module is call.parts.attn:
+        new = call.block.hook_attn_out(new)
+    else:
+        new = call.block.mixer.hook_out(new)
+    if watched(call.block.hook_resid_mid):
+        mid = call.resid_pre.to(new.device) + new
+        edited = call.block.hook_resid_mid(mid)
+        if edited is not mid:
+            new = new + (edited - mid)
+    return None if new is value else masked_as(output, new)
+
+
+@torch.no_grad()
+def changed(before: Tensor, after: Tensor) -> bool:
+    """Whether an edit changed anything (nan counts as equal to nan)."""
+    if before is after:
+        return False
+    same = before.shape == after.shape and before.dtype == after.dtype
+    return not (same and bool(torch.equal(torch.nan_to_num(before), torch.nan_to_num(after))))

@@ -1,0 +1,507 @@
+"""VideoLLM: a transformers VideoLLM you can see into. The file to read: see -> lay out -> embed -> decode -> read.
+
+The checkpoint stays transformers' own: its layers, norms, RoPE and weights are called, never re-implemented. Around
+them stand TransformerLens HookPoints, one attention function, and a token map that says what every position is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+
+from lab.carriers import Frames, VideoQA
+from lab.errors import LabWarning, ModelError, RunError, UsageError
+from lab.model import anatomy
+from lab.model.activations import LabCache, NamesFilter, guard, wanted
+from lab.model.answering import Answer, answer
+from lab.model.attention import register
+from lab.model.cache import KVCache, LayerCache
+from lab.model.decoder import decode
+from lab.model.door import Door, capture
+from lab.model.families.base import Family
+from lab.model.generation import Generated, generate
+from lab.model.layout import lay_out
+from lab.model.lock import SharedLock
+from lab.model.points import Block, FinalNorm, Points
+from lab.model.preparing import prepare, prepare_inputs
+from lab.model.ready import Ready
+from lab.model.run import Edges, Front, Run, at_door, attn_out, changed, enter_attention, into, pre_rope, through, watched
+from lab.side import Side
+from lab.slots import Hook, ModelSizes, Plan, plan_of
+
+Read = str | int | Sequence[int] | Tensor
+Mechanisms = Sequence[Any]
+
+
+class VideoLLM(HookedRootModule):
+    """A wrapped model. Make one with `lab.load` or `lab.wrap`.
+
+    hf         the transformers model, usable as before
+    family     how this family writes and tokenises videos
+    tokenizer  None for models wrapped without one: then only `prepare_inputs` works
+    cfg        sizes under TransformerLens's names
+    tower_calls  how often the vision side ran
+    """
+
+    def __init__(self, hf: nn.Module, family: Family, tokenizer: Any = None, preprocessor: Any = None) -> None:
+        super().__init__()
+        self.hf = hf
+        self.family = family
+        self.tokenizer = tokenizer
+        self.preprocessor = preprocessor
+        self.lock = SharedLock()
+        self.tower_calls = 0
+        lm = anatomy.language_model(hf)
+        self.parts = anatomy.layer_parts(lm)
+        self.cfg = anatomy.model_config(hf, lm)
+        self.mrope = "mrope_section" in (getattr(anatomy.text_config(lm), "rope_parameters", None) or {})
+        self._make_points(lm)
+        self._place_hooks(lm)
+        self._use_our_attention(lm)
+        self.setup()
+
+    # ---- made once ------------------------------------------------------------------------------------------------
+
+    def _make_points(self, lm: nn.Module) -> None:
+        self.embed = Points("hook_out")
+        self.connector = Points("hook_out")
+        self.blocks = nn.ModuleList(Block(parts) for parts in self.parts)
+        self.ln_final = FinalNorm(cast(Any, lm).norm)
+        tower = self.family.tower_layers(self.hf)
+        self.vision = nn.ModuleList(Points("hook_resid_pre", "hook_resid_post") for _ in tower)
+
+    def _place_hooks(self, lm: nn.Module) -> None:
+        """Module-level hooks, placed once; they do nothing without a current run.
+
+        prepend=True: transformers installs its own output-capturing hooks lazily; ours must come before them, or
+        edits of tower layers that are read from captured states (LLaVA's vision_feature_layer) change nothing.
+        """
+        lm.register_forward_pre_hook(at_door, with_kwargs=True, prepend=True)
+        for layer in self.family.tower_layers(self.hf):
+            layer.register_forward_pre_hook(into, with_kwargs=True, prepend=True)
+            layer.register_forward_hook(through, prepend=True)
+        connector = self.family.connector(self.hf)
+        if connector is not None:
+            connector.register_forward_hook(through, prepend=True)
+        for p in self.parts:
+            for attn in (m for m in (p.attn, p.mixer) if m is not None):
+                attn.register_forward_pre_hook(enter_attention, with_kwargs=True, prepend=True)
+                attn.register_forward_hook(attn_out, prepend=True)
+            for proj in (m for m in (p.q, p.k) if m is not None):
+                proj.register_forward_hook(pre_rope, prepend=True)
+            if p.mlp is not None:
+                p.mlp.register_forward_hook(through, prepend=True)
+
+    def _use_our_attention(self, lm: nn.Module) -> None:
+        config: Any = anatomy.text_config(lm)
+        self.kernel = str(config._attn_implementation).removeprefix("lab_")
+        self._set_attention(register(self.kernel))
+
+    def _set_attention(self, name: str) -> None:
+        whole: Any = self.hf.config
+        keep = {s: getattr(whole, s)._attn_implementation for s in whole.sub_configs if getattr(whole, s, None) is not None}
+        cast(Any, self.hf).set_attn_implementation({**keep, "text_config": name})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "lock"}  # a lock cannot be copied or pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lock = SharedLock()
+        register(self.kernel)
+
+    # ---- what it is -----------------------------------------------------------------------------------------------
+
+    @property
+    def lm(self) -> nn.Module:
+        return anatomy.language_model(self.hf)
+
+    @property
+    def rotary(self) -> nn.Module:
+        return cast(Any, self.lm).rotary_emb
+
+    @property
+    def device(self) -> torch.device:
+        return cast(Any, self.hf).get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(Any, self.hf).get_input_embeddings().weight.dtype
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """What mechanisms are told."""
+        c = self.cfg
+        return ModelSizes(c.n_layers, c.n_heads, c.n_key_value_heads, c.d_model, c.d_head, c.d_vocab)
+
+    @property
+    def W_U(self) -> Tensor:  # noqa: N802 (TransformerLens's name)
+        """Unembedding, [d_model, d_vocab]."""
+        return cast(Any, anatomy.head(self.hf)).weight.T
+
+    @property
+    def b_U(self) -> Tensor:  # noqa: N802
+        bias = getattr(anatomy.head(self.hf), "bias", None)
+        return torch.zeros(self.cfg.d_vocab, device=self.device, dtype=self.dtype) if bias is None else bias
+
+    def unembed(self, resid: Tensor) -> Tensor:
+        """Normed stream -> logits, by the checkpoint's own head."""
+        return anatomy.head(self.hf)(resid)
+
+    def to_single_token(self, text: str) -> int:
+        """Id of a text that is one token. Raises UsageError if it is several, or if there is no tokenizer."""
+        ids = self.need_tokenizer()(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise UsageError(f"{text!r} is {len(ids)} tokens, not one; give a shorter text or a token id")
+        return int(ids[0])
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
+        """Directions in the normed stream before the final norm's gain, so that sums over components give the logit."""
+        ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
+        index = torch.as_tensor(ids, device=self.device)
+        return self.W_U.T[index] * self.ln_final.weight.to(self.W_U)
+
+    def need_tokenizer(self) -> Any:
+        """The tokenizer. Raises UsageError if the model was wrapped without one."""
+        if self.tokenizer is None:
+            raise UsageError("this model was wrapped without a tokenizer: pass tokenizer= to lab.wrap, or use prepare_inputs")
+        return self.tokenizer
+
+    # ---- prepare: touches no weights ------------------------------------------------------------------------------
+
+    def prepare(
+        self, item: VideoQA, n_frames: int | None = None, *, fps: float | None = None,
+        index: Sequence[int] | None = None, system: str | None = None, mechanisms: Mechanisms = (),
+    ) -> Ready:  # fmt: skip
+        """Read the video, render the prompt, and say what every position will be. See `lab.model.preparing`."""
+        plan = plan_of(mechanisms, self.sizes)
+        return prepare(self, item, n_frames=n_frames, fps=fps, index=index, system=system, plan=plan)
+
+    def prepare_inputs(self, *, roles: Any = None, **inputs: Any) -> Ready:
+        """A transformers processor's own tensors (input_ids, pixel_values_videos, ...); the batch axis is `world`."""
+        return prepare_inputs(self, inputs, roles=roles)
+
+    # ---- see -> lay out -> embed -> decode -> read ----------------------------------------------------------------
+
+    def forward(
+        self, ready: Ready | Mapping[str, Any], *, read: Read = "last", edges: Mapping[int, Edges] | None = None,
+        look: Sequence[int] = (), mechanisms: Mechanisms = (), chunk: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits [world, pos, d_vocab] at the positions read.
+
+        read    "last" (default), "all", a position or a list of positions
+        edges   layer (0-based) -> function of (q positions, k positions) giving the edges kept, or a bias to add
+        look    layers (0-based) whose scores and pattern must exist although no torch hook shows it (nnsight)
+        chunk   prefill in pieces of so many positions: long videos in less memory. Not with hooks.
+        Raises UsageError for a position or layer that does not exist; RunError for what cannot be combined.
+        """
+        if not isinstance(ready, Ready):
+            ready = self.prepare_inputs(**ready)
+        run = Run(dict(edges or {}), frozenset(look))
+        self._check_layers([*run.edges, *run.look])
+        plan = ready.plan + plan_of(mechanisms, self.sizes)
+        with self.lock.shared(), self._plan_hooks(plan):
+            door, maps = self.arrive(ready, plan)
+            resid, side = self.stream(door, run, plan=plan, tokens=maps, chunk=chunk)
+            return self.read(resid, side, read, chunked=chunk is not None)
+
+    def arrive(self, ready: Ready, plan: Plan | None = None) -> tuple[Door, tuple[Any, ...]]:
+        """See and lay out: the state at the decoder's door, and the token map of every world."""
+        plan = ready.plan if plan is None else plan
+        door = self.see(ready)
+        door, maps = lay_out(self, ready, door, plan)
+        return Door(self.embed.hook_out(door.embeds), door.rope, door.pad, door.deep), maps
+
+    def see(self, ready: Ready) -> Door:
+        """Run the vision side, or take what an earlier run of this `ready` saw.
+
+        Kept only without gradients, in eval mode, with nothing hooked before the door, and while the weights are the
+        same tensors at the same version (edits through `.data` do not count versions: call `ready.memo.clear()`).
+        """
+        front = self._front()
+        keep = not torch.is_grad_enabled() and not self.hf.training and not watched(*front.after.values(), *front.before.values())
+        key = self._front_version() if keep else None
+        if keep and ready.memo.get("key") == key:
+            return _guarded(ready.memo["door"], self._hooked())
+        inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in ready.inputs.items()}
+        self.tower_calls += 1
+        door = capture(self.hf, front, inputs)
+        if keep:
+            ready.memo.update(key=key, door=door)
+        return _guarded(door, self._hooked())
+
+    def _front(self) -> Front:
+        tower = self.family.tower_layers(self.hf)
+        points = cast("list[Any]", list(self.vision))
+        after = {layer: p.hook_resid_post for layer, p in zip(tower, points, strict=True)}
+        connector = self.family.connector(self.hf)
+        if connector is not None:
+            after[connector] = cast(Any, self.connector).hook_out
+        before = {layer: p.hook_resid_pre for layer, p in zip(tower, points, strict=True)}
+        return Front(after, before)
+
+    def _front_version(self) -> int:
+        layers = {id(p) for p in cast(Any, self.lm).layers.parameters()}
+        return hash(tuple((p.data_ptr(), p._version) for p in self.hf.parameters() if id(p) not in layers))
+
+    def _hooked(self) -> bool:
+        return any(watched(p) for p in self.hook_dict.values())
+
+    def stream(
+        self, door: Door, run: Run, *, plan: Plan | None = None, tokens: tuple[Any, ...] = (), chunk: int | None = None
+    ) -> tuple[Tensor, Side]:
+        """Decode: the residual stream after the last layer, [world, pos, d_model], and its side."""
+        plan = plan or Plan()
+        self._check_training()
+        if chunk is None:
+            cache = None if plan.cache is None else LayerCache(plan.cache(), anatomy.text_config(self.lm))
+            return decode(self, door, run, cache=cache, detours=plan.detours, tokens=tokens)
+        return self.prefill(door, run, self.new_cache(plan), chunk=chunk, plan=plan)
+
+    def new_cache(self, plan: Plan | None = None) -> LayerCache:
+        """An empty cache: the plan's, or one that keeps every row."""
+        make = KVCache if plan is None or plan.cache is None else plan.cache
+        return LayerCache(make(), anatomy.text_config(self.lm))
+
+    def prefill(
+        self, door: Door, run: Run, cache: LayerCache, *, chunk: int | None = None, plan: Plan | None = None
+    ) -> tuple[Tensor, Side]:
+        """Fill a cache with the prompt, in pieces of `chunk` positions; returns the last piece's stream."""
+        n = door.embeds.shape[1]
+        size = n if chunk is None else chunk
+        if size < 1:
+            raise UsageError(f"chunk must be at least 1 position, got {chunk}")
+        if size < n and self._hooked():
+            raise RunError("hooks see whole prompts, chunked prefill runs pieces; drop chunk=, or close the hooks")
+        detours = () if plan is None else plan.detours
+        out: tuple[Tensor, Side] | None = None
+        for start in range(0, n, size):
+            out = decode(self, door.rows(start, min(start + size, n)), run, start=start, cache=cache, detours=detours)
+        if out is None:
+            raise UsageError("the prompt is empty")
+        return out
+
+    def read(self, resid: Tensor, side: Side, read: Read = "last", *, chunked: bool = False) -> Tensor:
+        """Final norm and head at the positions read: [world, read, d_vocab]."""
+        final = self.ln_final
+        if watched(cast(Any, final).hook_scale):
+            cast(Any, final).hook_scale(final.scale(resid))
+        normed = cast(Any, final).hook_normalized(final(resid))
+        if chunked and read != "last":
+            raise UsageError("with chunk= only the last position can be read: that is what chunks save memory for")
+        return self.unembed(_rows(normed, side, read))
+
+    # ---- hooks ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hooks(
+        self, fwd_hooks: Sequence[Any] = (), bwd_hooks: Sequence[Any] = (), reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[Any]:  # fmt: skip
+        """TransformerLens's context manager; holds the model alone, so that no other thread's run is hooked by it.
+
+        Raises UsageError for an unknown hook name (with the closest ones), before anything is hooked.
+        """
+        for name, _ in [*fwd_hooks, *bwd_hooks]:
+            self._check_name(name)
+        with self.lock.alone(), super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
+            yield self
+
+    @contextmanager
+    def alone(self) -> Iterator[VideoLLM]:
+        """Hold the model alone: for captum, nnsight and other code that hooks modules by itself."""
+        with self.lock.alone():
+            yield self
+
+    @contextmanager
+    def _plan_hooks(self, plan: Plan) -> Iterator[None]:
+        if not plan.hooks:
+            yield
+            return
+        with self.hooks(fwd_hooks=plan.hooks):
+            yield
+
+    def run_with_hooks(
+        self, ready: Any, *, fwd_hooks: Sequence[Hook] = (), bwd_hooks: Sequence[Hook] = (),
+        reset_hooks_end: bool = True, clear_contexts: bool = False, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """Logits of a run with temporary hooks, `fn(value, hook=point)`.
+
+        Warns (LabWarning) about a hook that never fired, or that returned a value but changed nothing.
+        """
+        if self._checkpointing() and torch.is_grad_enabled() and fwd_hooks:
+            raise RunError(
+                "gradient checkpointing runs layers again during backward, when these hooks are gone; use "
+                "`with model.hooks(fwd_hooks=...): loss = ...; loss.backward()`"
+            )
+        ready = ready if isinstance(ready, Ready) else self.prepare_inputs(**ready)
+        self._guard([n for n, _ in fwd_hooks], ready, kept=False)
+        watch = [_Watch(name, fn) for name, fn in fwd_hooks]
+        with self.hooks([(w.name, w) for w in watch], bwd_hooks, reset_hooks_end, clear_contexts):
+            logits = self(ready, **kwargs)
+        for w in watch:
+            w.warn()
+        return logits
+
+    def run_with_cache(
+        self, ready: Any, *, names_filter: NamesFilter = None, device: Any = None, remove_batch_dim: bool = False,
+        fwd_hooks: Sequence[Hook] = (), **kwargs: Any,
+    ) -> tuple[Tensor, LabCache]:  # fmt: skip
+        """Logits and a TransformerLens ActivationCache.
+
+        names_filter  None caches everything but scores and pattern (L x L each); name them to have them: the bytes
+                      are printed first, and TooBig is raised beyond a quarter of free memory
+        fwd_hooks     edits made in the same run; the cache holds the edited values
+        """
+        ready = ready if isinstance(ready, Ready) else self.prepare_inputs(**ready)
+        names = wanted(list(self.hook_dict), names_filter)
+        self._guard(names, ready, kept=True)
+        store: dict[str, Tensor] = {}
+        savers = [(name, _Saver(store, device, remove_batch_dim and ready.n_worlds == 1)) for name in names]
+        with self.hooks([*fwd_hooks, *savers]):
+            logits = self(ready, **kwargs)
+        return logits, LabCache(store, self, has_batch_dim=not (remove_batch_dim and ready.n_worlds == 1))
+
+    def _guard(self, names: Sequence[Any], ready: Ready, *, kept: bool) -> None:
+        plain = [n for n in names if isinstance(n, str)]
+        plain += [h for n in names if callable(n) for h in self.hook_dict if n(h)]
+        guard(self.cfg, plain, ready.n_worlds, ready.n_pos, self.device, kept)
+
+    def _check_name(self, name: Any) -> None:
+        if isinstance(name, str) and name not in self.hook_dict:
+            near = difflib.get_close_matches(name, list(self.hook_dict), n=3)
+            raise UsageError(f"no hook point {name!r}; closest: {', '.join(near) or 'none'}")
+
+    def _check_layers(self, layers: Sequence[int]) -> None:
+        for layer in layers:
+            if not 0 <= layer < self.cfg.n_layers:
+                raise UsageError(f"no layer {layer + 1} (blocks.{layer}): the model has layers 1..{self.cfg.n_layers}")
+            if self.parts[layer].attn is None:
+                raise RunError(f"layer {layer + 1} (blocks.{layer}) has no softmax attention, so no edges here")
+
+    def _checkpointing(self) -> bool:
+        return self.hf.training and any(getattr(p.layer, "gradient_checkpointing", False) for p in self.parts)
+
+    def _check_training(self) -> None:
+        if not self._checkpointing() or not torch.is_grad_enabled():
+            return
+        func: Any = getattr(self.parts[0].layer, "_gradient_checkpointing_func", None)
+        if getattr(func, "keywords", {}).get("use_reentrant", True):
+            raise RunError(
+                "reentrant gradient checkpointing gives wrong gradients here; enable it with "
+                "hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
+
+    # ---- ask ------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, ready: Any, *, max_new_tokens: int = 64, do_sample: bool = False, temperature: float = 1.0,
+        top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop: Sequence[int] | None = None,
+        edges: Mapping[int, Edges] | None = None, mechanisms: Mechanisms = (), chunk: int | None = None,
+        callback: Callable[[list[int], str], Any] | None = None, return_ids: bool = False,
+    ) -> Any:  # fmt: skip
+        """Text (a `Generated`: a str with `.ids` [world, new] and `.texts`), or (text, ids) with `return_ids`.
+
+        See `lab.model.generation`. Hooks that are open see the prompt once, then one new row a step.
+        """
+        ready = self._ready(ready)
+        run = Run(dict(edges or {}))
+        self._check_layers([*run.edges])
+        out: Generated = generate(
+            self, ready, run, plan=ready.plan + plan_of(mechanisms, self.sizes), max_new_tokens=max_new_tokens,
+            do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop, chunk=chunk,
+            callback=callback,
+        )  # fmt: skip
+        return (out, out.ids) if return_ids else out
+
+    def answer(self, item: VideoQA | Ready, *, target: str | None = None, n_frames: int | None = None, **kwargs: Any) -> Answer:
+        """The answer to a question, with its probabilities. See `lab.model.answering`."""
+        return answer(self, self._ready(item, n_frames), target=target, **kwargs)
+
+    def _ready(self, item: Any, n_frames: int | None = None) -> Ready:
+        match item:
+            case Ready():
+                return item
+            case VideoQA():
+                return self.prepare(item, n_frames)
+            case Mapping():
+                return self.prepare_inputs(**item)
+            case Frames():
+                raise UsageError("frames alone ask nothing; put them into VideoQA(video=frames, question=...)")
+            case _:
+                raise UsageError(f"expected a VideoQA, a Ready or a processor's tensors, got {type(item).__name__}")
+
+
+class _Watch:
+    """A user's hook, and what it did."""
+
+    def __init__(self, name: Any, fn: Callable[..., Any]) -> None:
+        self.name, self.fn = name, fn
+        self.fired, self.replied, self.effect = 0, 0, 0
+
+    def __call__(self, value: Tensor, hook: Any) -> Any:
+        self.fired += 1
+        version = value._version
+        new = self.fn(value, hook=hook)
+        if new is None:
+            return None
+        self.replied += 1
+        self.effect += int(value._version != version or changed(value, new))
+        return new
+
+    def warn(self) -> None:
+        name = self.name if isinstance(self.name, str) else "<filter>"
+        if not self.fired:
+            warnings.warn(f"the hook on {name} never fired: this run did not pass there", LabWarning, stacklevel=3)
+        elif self.replied and not self.effect:
+            warnings.warn(f"the hook on {name} fired {self.fired} times and changed nothing", LabWarning, stacklevel=3)
+
+
+class _Saver:
+    """Stores a detached copy of what passes."""
+
+    def __init__(self, store: dict[str, Tensor], device: Any, squeeze: bool) -> None:
+        self.store, self.device, self.squeeze = store, device, squeeze
+
+    def __call__(self, value: Tensor, hook: Any) -> None:
+        kept = value.detach() if self.device is None else value.detach().to(self.device)
+        self.store[hook.name] = kept[0] if self.squeeze else kept
+
+
+def _guarded(door: Door, hooked: bool) -> Door:
+    """A hook may edit in place; what `ready` keeps must stay clean."""
+    if not hooked:
+        return door
+    return Door(door.embeds.clone(), door.rope, door.pad, tuple(d.clone() for d in door.deep))
+
+
+def _rows(x: Tensor, side: Side, read: Read) -> Tensor:
+    """Rows of [world, pos, d_model] named by `read`."""
+    n = x.shape[1]
+    if isinstance(read, str):
+        if read == "all":
+            return x
+        if read != "last":
+            raise UsageError(f"read={read!r}; use 'last', 'all', or positions")
+        return x[:, -1:] if side.pad is None else _last_real(x, side)
+    index = torch.as_tensor([read] if isinstance(read, int) else read, dtype=torch.long, device=x.device).reshape(-1)
+    if len(index) and not (-n <= int(index.min()) and int(index.max()) < n):
+        raise UsageError(f"read positions {index.tolist()} but the sequence has {n}; use 0..{n - 1}")
+    return x[:, index]
+
+
+def _last_real(x: Tensor, side: Side) -> Tensor:
+    """The last unpadded row of every world (padding may be on either side)."""
+    assert side.pad is not None
+    here = side.pad.to(x.device)[:, side.order.to(x.device)]
+    at = torch.arange(here.shape[1], device=x.device).masked_fill(~here, -1).amax(1)
+    if bool((at < 0).any()):
+        raise ModelError("a world has no unpadded position among the rows read")
+    return x.gather(1, at[:, None, None].expand(-1, 1, x.shape[2]))

@@ -1,0 +1,176 @@
+"""`load("tiny" | hub id | folder)` and `wrap(model)`: real checkpoints through transformers, checked when they arrive.
+
+safetensors only, no remote code, no network for local folders.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lab.errors import ConfigError, ModelError, UsageError
+from lab.model.families.base import find
+from lab.model.verifying import verify as verify_model
+from lab.model.videollm import VideoLLM
+from lab.pixels import Preprocessor
+
+DATA = Path(__file__).parents[1] / "data"
+BUNDLED = ("tiny",)
+
+
+def wrap(hf_model: nn.Module, tokenizer: Any = None, *, preprocessor: Any = None) -> VideoLLM:
+    """Wrap an instantiated transformers VideoLLM. Downloads nothing; the model stays usable as before.
+
+    tokenizer     without one only `prepare_inputs` works
+    preprocessor  a `lab.pixels.Preprocessor`, a parsed preprocessor json, or None (sizes from the config)
+    Raises ModelError if no decoder made of residual layers can be found, or if the model is wrapped already.
+    """
+    if isinstance(hf_model, VideoLLM):
+        raise ModelError("this model is wrapped already; use it as it is")
+    if not isinstance(hf_model, nn.Module) or not hasattr(hf_model, "config"):
+        raise ModelError(f"expected an instantiated transformers model, got {type(hf_model).__name__}")
+    if getattr(hf_model, "_lab_wrapped", False):
+        raise ModelError("this transformers model is wrapped already; use the first wrapper, or a copy of the model")
+    family = find(hf_model.config)
+    if isinstance(preprocessor, dict):
+        preprocessor = Preprocessor.from_folder(preprocessor)
+    model = VideoLLM(hf_model, family, tokenizer, preprocessor)
+    hf_model._lab_wrapped = True
+    if not family.model_types:
+        verify_model(model)  # nobody wrote a file for this family: prove that the loop is its own
+    return model
+
+
+def load(
+    name: str | Path, *, device: Any = None, dtype: Any = None, device_map: Any = None, verify: bool = True,
+    revision: str | None = None, attn_implementation: str = "sdpa", trust_remote_code: bool = False,
+) -> VideoLLM:  # fmt: skip
+    """Load a checkpoint: "tiny" (bundled), a local folder, or a hub id. Weights come frozen and in eval mode.
+
+    device       "cpu", "cuda", ...; None takes a GPU if there is one
+    dtype        "float32" | "bfloat16" | "float16" | torch dtype; None: the checkpoint's on a GPU, float32 on a CPU
+    device_map   handed to transformers (needs accelerate); then `device` must be None
+    verify       compare logits with plain transformers' once, and check that every layer is seen
+    Raises ModelError with the reason if the checkpoint is missing, damaged or not a VideoLLM.
+    """
+    folder, where = _locate(name)
+    if device is not None and device_map is not None:
+        raise UsageError(f"give device or device_map, not both (got {device!r} and {device_map!r})")
+    target = _device(device)
+    kind = _dtype(dtype, target)
+    hf = _from_pretrained(
+        folder, where, revision=revision, dtype=kind, attn_implementation=attn_implementation, device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    hf.eval().requires_grad_(False)
+    if device_map is None:
+        hf.to(target)
+    _finite(hf, where)
+    model = wrap(hf, _tokenizer(folder, revision, trust_remote_code), preprocessor=_preprocessor(folder))
+    model.cfg.model_name = str(name)
+    if verify:
+        verify_model(model)
+    return model
+
+
+def _locate(name: str | Path) -> tuple[str, str]:
+    """(what transformers is given, what messages call it)."""
+    text = str(name)
+    if text in BUNDLED:
+        return str(DATA / text), text
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"{path} has no config.json: not a transformers checkpoint")
+        return str(path), str(path)
+    looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or path.exists()
+    if looks_local:
+        raise ModelError(f"no checkpoint at {text!r}: give 'tiny', a folder with config.json, or a hub id like 'owner/name'")
+    return text, text
+
+
+def _device(device: Any) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
+        raise UsageError(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}") from None
+    return chosen
+
+
+def _dtype(dtype: Any, device: torch.device) -> Any:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise UsageError(f"dtype {dtype!r} is not one of float32, bfloat16, float16, float64")
+    return found
+
+
+def _from_pretrained(folder: str, where: str, *, dtype: Any, device_map: Any, **kw: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    if device_map is not None:
+        kw["device_map"] = device_map
+    try:
+        config = AutoConfig.from_pretrained(folder, revision=kw["revision"], trust_remote_code=kw["trust_remote_code"])
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **kw
+        )
+    except Exception as e:  # transformers raises many kinds for a bad checkpoint: all mean the same to the user
+        raise ModelError(f"{where}: transformers cannot load it: {_first_line(e)}") from e
+    _complete(report, where)
+    return model
+
+
+def _complete(report: Any, where: str) -> None:
+    """Newly initialised weights would run, and mean nothing."""
+    missing, wrong = list(report.get("missing_keys", ())), list(report.get("mismatched_keys", ()))
+    if missing or wrong:
+        raise ModelError(
+            f"{where}: {len(missing)} weights missing and {len(wrong)} of the wrong shape (first: {(missing + wrong)[0]}); "
+            "the checkpoint is damaged or belongs to another config"
+        )
+
+
+def _first_line(e: Exception) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(e).__name__
+
+
+def _finite(hf: nn.Module, where: str) -> None:
+    bad = [n for n, p in hf.named_parameters() if p.device.type != "meta" and not bool(torch.isfinite(p).all())]
+    if bad:
+        raise ModelError(f"{where}: {len(bad)} weights hold nan or infinite values (first: {bad[0]}); the file is damaged")
+
+
+def _tokenizer(folder: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    if Path(folder).is_dir() and not any(Path(folder).glob("token*")) and not any(Path(folder).glob("vocab*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as e:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {_first_line(e)}") from e
+
+
+def _preprocessor(folder: str) -> Preprocessor | None:
+    """The checkpoint's own preprocessor json, from the folder or the hub's cache; None if it brings none."""
+    names = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
+    if Path(folder).is_dir():
+        found = [folder] if any((Path(folder) / n).exists() for n in names) else []
+    else:
+        from transformers.utils import cached_file
+
+        files = [cached_file(folder, n, _raise_exceptions_for_missing_entries=False) for n in names]
+        found = [str(Path(f).parent) for f in files if f]
+    try:
+        return Preprocessor.from_folder(found[0]) if found else None
+    except ConfigError:
+        raise

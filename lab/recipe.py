@@ -1,0 +1,357 @@
+"""Recipe: what was asked, written so that it can be asked again. Torch-free; runs nothing itself.
+
+A recipe is a frozen pydantic model. People read and write it as YAML; its identity is the hash of its canonical JSON.
+`kind` is the dotted path of the class that runs it, looked up inside `lab.` and `probes.` and nowhere else, so adding
+a recipe means writing a class (`class KnockoutRecipe(Recipe): ...`, fields and a `run`), and no list to edit:
+
+    recipe = load("recipe.yaml")        # the class is found by `kind`, then checks every field
+    results = recipe.run()
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from lab.errors import ConfigError, UsageError
+from lab.result import Result, write_bytes
+from lab.yamlfile import as_yaml, parse_yaml, read_text
+
+SCHEMA_VERSION = 1
+ROOTS = ("lab", "probes")
+# version -> function from plain data of that version to plain data of the next one
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+_KIND = re.compile(rf"({'|'.join(ROOTS)})(\.[A-Za-z]\w*)+")
+
+
+class Part(BaseModel):
+    """A piece of a recipe: no unknown fields, no changes after it is made, no nan or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Recipe(Part):
+    """Base of all recipes. A subclass adds fields and overrides `run`; `kind` fills itself in."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: str = Field(default="", validate_default=True)
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @field_validator("kind", mode="after")
+    @classmethod
+    def _kind_is_mine(cls, given: str) -> str:
+        if given not in ("", dotted(cls)):
+            raise ValueError(f"kind is {given!r} but the class is {dotted(cls)!r}")
+        return dotted(cls)
+
+    def run(self, *, progress: bool = True) -> list[Result]:
+        """Carries the recipe out. `progress` shows bars on stderr. Subclasses override this."""
+        raise UsageError(
+            f"{self.kind} does not say how to run: give the class a method run(self, *, progress=True)"
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Folder that relative paths in this recipe start from: the file's own, or the working folder."""
+        return self._folder or Path.cwd()
+
+    def at(self, folder: str | Path) -> Self:
+        """The same recipe (same id) with its relative paths starting from `folder`."""
+        out = self.model_copy()
+        out._folder = Path(folder)
+        return out
+
+    def plain(self) -> dict[str, Any]:
+        """The fields as dict, list, text and numbers."""
+        return self.model_dump(mode="json")
+
+    def canonical(self) -> str:
+        """JSON with sorted keys and no spaces: equal recipes give equal text on every machine."""
+        return json.dumps(
+            self.plain(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
+
+    @property
+    def id(self) -> str:
+        """First 12 hexadecimal digits of the sha256 of `canonical()`; names folders and cache entries."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()[:12]
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.canonical() == other.canonical()  # type: ignore[union-attr]
+
+    def __hash__(self) -> int:
+        return hash(self.canonical())
+
+
+# ---- pieces that traces share ---------------------------------------------------------------------------------------
+
+
+class ModelSpec(Part):
+    """Which model. `weights` is the hash of its weights, checked at load when given."""
+
+    name: str = "tiny"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    revision: str | None = None
+    weights: str | None = None
+
+
+class VideoSpec(Part):
+    """Which video file and which of its frames: exactly one of n_frames (uniform), fps, index (explicit)."""
+
+    path: str
+    sha256: str | None = None
+    n_frames: int | None = None
+    fps: float | None = None
+    index: tuple[int, ...] | None = None
+    max_frames: int | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        given = [n for n in ("n_frames", "fps", "index") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"choose one of n_frames, fps, index; {' and '.join(given)} are given")
+        if (self.n_frames or 1) < 1 or (self.fps is not None and self.fps <= 0):
+            raise ValueError(f"n_frames {self.n_frames} and fps {self.fps} must be above 0")
+        return self
+
+    def sampling(self) -> dict[str, Any]:
+        """The sampling as keyword arguments of `lab.video.read` and `model.prepare`; empty for their default."""
+        names = ("n_frames", "fps", "index", "max_frames")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+
+
+class ItemSpec(Part):
+    """One question about one video file."""
+
+    video: VideoSpec
+    question: str
+    options: tuple[str, ...] = ()
+    answer: int | str | None = None
+    id: str = ""
+    task: str = ""
+
+
+class SimSpec(Part):
+    """Simulated items: `n` items of the simulator task `sim`, drawn with `seed`."""
+
+    sim: str
+    n: int = 8
+    seed: int = 0
+
+
+class ItemFile(Part):
+    """A file of items (.jsonl or .yaml); `sha256` is checked when given."""
+
+    file: str
+    sha256: str | None = None
+
+
+def _items_tag(value: Any) -> str | None:
+    if isinstance(value, list | tuple):
+        return "list"
+    has = value.__contains__ if isinstance(value, dict) else lambda name: hasattr(value, name)
+    return "sim" if has("sim") else "file" if has("file") else None
+
+
+# Where items come from: a list of them, a simulator task, or a file.
+ItemsSpec = Annotated[
+    Annotated[tuple[ItemSpec, ...], Tag("list")]
+    | Annotated[SimSpec, Tag("sim")]
+    | Annotated[ItemFile, Tag("file")],
+    Discriminator(
+        _items_tag, custom_error_type="items", custom_error_message="Items are a list, or have sim:, or file:"
+    ),
+]
+
+
+# ---- from and to files ----------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path) -> Recipe:
+    """Reads a YAML recipe; its relative paths start from the file's folder. Raises ConfigError, always one line."""
+    return from_plain(parse_yaml(read_text(path), str(path)), str(path)).at(Path(path).resolve().parent)
+
+
+def loads(text: str, name: str = "recipe") -> Recipe:
+    """Reads a recipe from YAML text; `name` stands in error messages."""
+    return from_plain(parse_yaml(text, name), name)
+
+
+def dump(recipe: Recipe, path: str | Path | None = None) -> str:
+    """The recipe as YAML text, also written to `path` if given. Raises ConfigError if `load` could not read it back."""
+    resolve(recipe.kind)
+    text = as_yaml(recipe.plain())
+    if path is not None:
+        write_bytes(path, text.encode())
+    return text
+
+
+def from_plain(data: Any, name: str = "recipe") -> Recipe:
+    """The recipe that plain data (for example `Result.recipe`) describes. Raises ConfigError."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{name}: a recipe is a mapping of fields, got {type(data).__name__}")
+    fields = _migrated(dict(data), name)
+    kind = fields.get("kind")
+    if not isinstance(kind, str) or not kind:
+        raise ConfigError(f"{name}: kind: is missing; known kinds: {', '.join(known_kinds()) or 'none'}")
+    cls = resolve(kind, f"{name}: kind: ")
+    try:
+        # JSON in strict mode: lists become tuples, but "9" is no number and true is no 1
+        return cls.model_validate_json(json.dumps(fields), strict=True)
+    except ValidationError as e:
+        raise ConfigError(f"{name}: {explain(e, cls)}") from None
+
+
+def resolve(kind: str, where: str = "") -> type[Recipe]:
+    """The Recipe class at a dotted path. Raises ConfigError unless it is one, defined there, inside lab or probes."""
+    module, _, name = kind.rpartition(".")
+    if not _KIND.fullmatch(kind) or not module:
+        raise ConfigError(
+            f"{where}{_short(kind)} is not a dotted path inside {' or '.join(ROOTS)}{_closest(kind)}"
+        )
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as e:
+        raise ConfigError(f"{where}{kind!r} cannot be imported ({e}){_closest(kind)}") from None
+    if (
+        not (isinstance(found, type) and issubclass(found, Recipe))
+        or found is Recipe
+        or dotted(found) != kind
+    ):
+        raise ConfigError(f"{where}{kind!r} is not a recipe{_closest(kind)}")
+    return found
+
+
+def json_schema(cls: type[Recipe]) -> dict[str, Any]:
+    """JSON Schema of one recipe class; editors use it to complete and check YAML files."""
+    schema = cls.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["properties"]["kind"] = {"const": dotted(cls), "type": "string"}
+    schema["required"] = sorted({*schema.get("required", []), "kind"})
+    return schema
+
+
+def known_kinds() -> list[str]:
+    """Dotted paths of the recipe classes in the installed packages, found by reading their sources, not running them."""
+    return sorted({kind for root in ROOTS for folder in _folders(root) for kind in _kinds_in(root, folder)})
+
+
+def dotted(cls: type) -> str:
+    """Module and name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _any_recipe(value: Any) -> Any:
+    try:
+        return value if isinstance(value, Recipe) else from_plain(value)
+    except ConfigError as e:
+        raise ValueError(str(e)) from None
+
+
+# A field that holds a recipe of any kind: the class is found by its `kind` first, then it checks the fields.
+AnyRecipe = Annotated[SerializeAsAny[Recipe], BeforeValidator(_any_recipe)]
+
+
+def sha256_of(path: str | Path) -> str:
+    """sha256 of a file, or of the names and contents of the files in a folder (one level). Raises ConfigError."""
+    path, digest = Path(path), hashlib.sha256()
+    try:
+        for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()):
+            if file != path:
+                digest.update(file.name.encode() + b"\0")
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+    except OSError as e:
+        raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+    return digest.hexdigest()
+
+
+def explain(error: ValidationError, cls: type[BaseModel]) -> str:
+    """pydantic's findings in one line: path of the field, what is wrong, what was given; at most three of them."""
+    found = [_finding(e, cls) for e in error.errors(include_url=False, include_context=False)]
+    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    return "; ".join(found[:3]) + more
+
+
+def _finding(error: Any, cls: type[BaseModel]) -> str:
+    path = ".".join(str(p) for p in error["loc"]) or "recipe"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), _names_in(cls), n=2, cutoff=0.7)
+        return f"{path}: there is no such field{'; closest: ' + ', '.join(near) if near else ''}"
+    if error["type"] == "missing":
+        return f"{path}: is missing"
+    message = " ".join(error["msg"].removeprefix("Value error, ").split())
+    return f"{path}: {message} (got {_short(error['input'])})"
+
+
+def _names_in(cls: type[BaseModel]) -> list[str]:
+    schema = cls.model_json_schema()
+    parts = [schema, *schema.get("$defs", {}).values()]
+    return sorted({name for part in parts for name in part.get("properties", {})})
+
+
+def _migrated(data: dict[str, Any], name: str) -> dict[str, Any]:
+    version = data.get("schema_version", SCHEMA_VERSION)
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise ConfigError(f"{name}: schema_version: must be a whole number (got {_short(version)})")
+    if version > SCHEMA_VERSION:
+        raise ConfigError(
+            f"{name}: schema_version: is {version}, this lab reads up to {SCHEMA_VERSION}; update the lab"
+        )
+    while version < SCHEMA_VERSION:
+        if version not in MIGRATIONS:
+            raise ConfigError(
+                f"{name}: schema_version: {version} cannot be brought to {SCHEMA_VERSION}; write it anew"
+            )
+        data = {**MIGRATIONS[version](data), "schema_version": version + 1}
+        version += 1
+    return data
+
+
+def _folders(root: str) -> list[Path]:
+    try:
+        return [Path(p) for p in importlib.import_module(root).__path__]
+    except ImportError:
+        return []
+
+
+def _kinds_in(root: str, folder: Path) -> Iterator[str]:
+    for file in sorted(folder.rglob("*.py")):
+        place = ".".join((root, *file.relative_to(folder).with_suffix("").parts))
+        for name in re.findall(
+            r"^class (\w+)\((?:\w+\.)?\w*Recipe\)", file.read_text("utf-8", "replace"), re.M
+        ):
+            yield f"{place}.{name}"
+
+
+def _closest(kind: str) -> str:
+    known = known_kinds()
+    near = difflib.get_close_matches(kind, known, n=3, cutoff=0.3) or known[:3]
+    return f"; closest: {', '.join(near)}" if near else "; no recipe kinds are installed"
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
