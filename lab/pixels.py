@@ -50,7 +50,9 @@ def stack_pixels(frames: Frames, pre: Preprocessor) -> Float[Tensor, "frame 3 h 
     return _normalised(x, pre)
 
 
-def qwen_pixels(frames: Frames, pre: Preprocessor) -> tuple[Float[Tensor, "patch values"], Int[Tensor, "1 3"]]:
+def qwen_pixels(
+    frames: Frames, pre: Preprocessor
+) -> tuple[Float[Tensor, "patch values"], Int[Tensor, "1 3"]]:
     """(patches float32 [patch, 3 * t * p * p], grid_thw [[t, rows, cols]] in patches before merging).
 
     Patches that the model merges stand together (see `patchify`). A frame count that does not fill the last patch
@@ -93,7 +95,9 @@ def _patched_size(pre: Preprocessor, n: int, height: int, width: int) -> tuple[i
     low, high = pre.size["shortest_edge"], _largest(pre, n, factor)
     if pre.budget != "video":
         return smart_resize(height, width, factor, low, high)
-    return smart_resize_3d(max(n, pre.temporal_patch_size), height, width, factor, low, high, pre.temporal_patch_size)
+    return smart_resize_3d(
+        max(n, pre.temporal_patch_size), height, width, factor, low, high, pre.temporal_patch_size
+    )
 
 
 def _largest(pre: Preprocessor, n: int, factor: int) -> int:
@@ -144,7 +148,9 @@ def _fit(
 def _check_aspect(height: int, width: int) -> None:
     aspect = max(height, width) / min(height, width)
     if aspect > MAX_ASPECT:
-        raise VideoError(f"frames of {width} x {height}: aspect ratio {aspect:.0f}, at most {MAX_ASPECT}; crop them")
+        raise VideoError(
+            f"frames of {width} x {height}: aspect ratio {aspect:.0f}, at most {MAX_ASPECT}; crop them"
+        )
 
 
 def patchify(
@@ -156,7 +162,9 @@ def patchify(
     """
     n, channels, height, width = x.shape
     if height % (patch * merge) or width % (patch * merge):
-        raise ConfigError(f"frames of {width} x {height} do not divide into {merge} x {merge} patches of {patch}")
+        raise ConfigError(
+            f"frames of {width} x {height} do not divide into {merge} x {merge} patches of {patch}"
+        )
     x = torch.cat([x, x[-1:].expand(-n % temporal, -1, -1, -1)])
     grid = (len(x) // temporal, height // patch, width // patch)
     cut = x.reshape(
@@ -182,7 +190,9 @@ def center_crop(x: UInt8[Tensor, "n 3 h w"], size: tuple[int, int]) -> UInt8[Ten
     return x
 
 
-def pad_to_square(x: UInt8[Tensor, "n 3 h w"], mean: tuple[float, float, float]) -> UInt8[Tensor, "n 3 side side"]:
+def pad_to_square(
+    x: UInt8[Tensor, "n 3 h w"], mean: tuple[float, float, float]
+) -> UInt8[Tensor, "n 3 side side"]:
     """x in the middle of a square as wide as its longer side, on the colour int(255 * mean)."""
     n, _, height, width = x.shape
     side = max(height, width)
@@ -217,7 +227,10 @@ def normalise(
 
 
 def compression_mask(
-    patches: Float[Tensor, "patch values"], grid_thw: Int[Tensor, "video 3"], merge_size: int, threshold: float = 0.1
+    patches: Float[Tensor, "patch values"],
+    grid_thw: Int[Tensor, "video 3"],
+    merge_size: int,
+    threshold: float = 0.1,
 ) -> Bool[Tensor, " token"]:
     """VideoLLaMA3's token compression: True for the merged tokens that stay.
 
@@ -225,7 +238,9 @@ def compression_mask(
     (of values times 255, after normalisation); each frame keeps at least its first token.
     """
     masks: list[Tensor] = []
-    for video, (t, rows, cols) in zip(patches.split(grid_thw.prod(1).tolist()), grid_thw.tolist(), strict=True):
+    for video, (t, rows, cols) in zip(
+        patches.split(grid_thw.prod(1).tolist()), grid_thw.tolist(), strict=True
+    ):
         tokens = video.reshape(t, rows * cols // merge_size**2, -1)
         moved = tokens.diff(dim=0).abs().mean(-1) * 255 > threshold
         keep = torch.cat([moved.new_ones(1, tokens.shape[1]), moved])

@@ -108,7 +108,9 @@ def _nested(said: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _parse(said: dict[str, Any], where: str) -> Preprocessor:
     check = _Checked(said, where)
-    kind = " ".join(str(said.get(k, "")) for k in ("video_processor_type", "image_processor_type", "processor_class"))
+    kind = " ".join(
+        str(said.get(k, "")) for k in ("video_processor_type", "image_processor_type", "processor_class")
+    )
     patched, crop = "patch_size" in said, check.size("crop_size")
     if said.get("do_normalize", True) and not {"image_mean", "image_std"} <= said.keys():
         raise ConfigError(f"{where}: do_normalize needs image_mean and image_std")
@@ -124,7 +126,8 @@ def _parse(said: dict[str, Any], where: str) -> Preprocessor:
         image_mean=check.triple("image_mean", positive=False),
         image_std=check.triple("image_std", positive=True),
         patch_size=check.count("patch_size"),
-        temporal_patch_size=check.count("temporal_patch_size") or (2 if patched and "VideoLlama3" not in kind else 1),
+        temporal_patch_size=check.count("temporal_patch_size")
+        or (2 if patched and "VideoLlama3" not in kind else 1),
         merge_size=check.count("merge_size") or (2 if patched else 1),
         budget="video" if "Qwen3VL" in kind else "share" if "VideoLlama3" in kind else "frame",
         cap_pixels_per_frame=check.flag("cap_pixels_per_frame", False),
@@ -193,7 +196,9 @@ class _Checked:
         known = isinstance(got, dict) and set(got) <= SIZE_KEYS
         given = {k: v for k, v in got.items() if v is not None} if known else {}
         if not given or not all(_is_number(v) and v == int(v) and v >= 1 for v in given.values()):
-            raise self.fail(name, "positive whole numbers under height and width, or shortest_edge (and longest_edge)")
+            raise self.fail(
+                name, "positive whole numbers under height and width, or shortest_edge (and longest_edge)"
+            )
         return {k: int(v) for k, v in given.items()}
 
     def needed_size(self) -> dict[str, int]:
@@ -208,7 +213,9 @@ class _Checked:
         low = self.count("min_pixels") or got.get("shortest_edge") or got.get("min_pixels")
         high = self.count("max_pixels") or got.get("longest_edge") or got.get("max_pixels")
         if low is None or high is None or low > high:
-            raise self.fail("size", f"given as shortest_edge <= longest_edge, in pixels (here {low} and {high}),")
+            raise self.fail(
+                "size", f"given as shortest_edge <= longest_edge, in pixels (here {low} and {high}),"
+            )
         return {"shortest_edge": low, "longest_edge": high}
 
 

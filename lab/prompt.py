@@ -20,12 +20,11 @@ ANSWER_PREFIX = "Best option: ("  # so that the next token is a bare letter (Map
 
 
 def question_spans(item: VideoQA) -> list[Span]:
-    """The user's text: stem, options, instruction. Text never starts or ends with a space or newline."""
+    """The user's text: stem, options (each with the line break before it, so that no position is orphaned), instruction."""
     if not item.options:
         return [Span("question", item.question)]
-    spans = [Span("question", f"Question: {item.question}"), Span("instruction", "\nOptions:")]
-    for i, option in enumerate(item.options):
-        spans += [Span("instruction", "\n"), Span("option", f"({LETTERS[i]}) {option}", option=i)]
+    spans = [Span("question", f"Question: {item.question}\nOptions:")]
+    spans += [Span("option", f"\n({LETTERS[i]}) {text}", option=i) for i, text in enumerate(item.options)]
     return [*spans, Span("instruction", "\nOnly give the best option.")]
 
 

@@ -164,7 +164,9 @@ def _taps(out: int, n_in: int, n_out: int, resample: str) -> tuple[int, list[int
     stop = min(int(centre + reach * stretch + 0.5), n_in)
     raw = [kernel((i + start - centre + 0.5) * (1.0 / stretch)) for i in range(stop - start)]
     total = 0.0
-    for w in raw:  # in order, one by one: from Python 3.12 on, sum() compensates and may differ in the last bit
+    for (
+        w
+    ) in raw:  # in order, one by one: from Python 3.12 on, sum() compensates and may differ in the last bit
         total += w
     return start, [_fixed(w / total if total else w) for w in raw]
 

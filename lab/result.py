@@ -98,7 +98,8 @@ class Result:
         return mine == theirs and all(_equal(getattr(self, a), getattr(other, a)) for a in ARRAYS)
 
     def select(self, **wanted: Any) -> Result:
-        """The part at the given coordinates: `select(layer=3)` drops the axis, `select(layer=[3, 4])` keeps it.
+        """The part at the given coordinates: `select(layer=3)` drops the axis (and notes the
+        choice in `notes["selected"]`), `select(layer=[3, 4])` keeps it.
 
         Raises UsageError for an axis or a coordinate that is not there, naming the closest, or is there twice.
         """
@@ -108,7 +109,8 @@ class Result:
             if isinstance(want, list | tuple | range):
                 out = out._take(at, [out._index(axis, w) for w in want])
             else:
-                out = out._take(at, out._index(axis, want))
+                chosen = {**out.notes.get("selected", {}), axis: want}
+                out = replace(out._take(at, out._index(axis, want)), notes={**out.notes, "selected": chosen})
         return out
 
     def mean(self, axis: str, *, n_boot: int = 1000, seed: int = 0) -> Result:

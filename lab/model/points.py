@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from lab.errors import RunError
-from lab.model.run import LayerParts
+from lab.model.run import LayerParts, watched
 
 
 class Points(nn.Module):
@@ -61,6 +61,17 @@ class FinalNorm(Points):
 
     def forward(self, resid: Tensor) -> Tensor:
         return self.norm[0](resid)
+
+    def normalise(self, resid: Tensor) -> Tensor:
+        """The final norm, with hook_scale for whoever looks: dividing by an edited scale is what the edit does."""
+        normed, hook = self(resid), cast(Any, self).hook_scale
+        if not watched(hook):
+            return normed
+        scale = self.scale(resid)
+        factor = scale / hook(scale.clone())
+        bias = getattr(self.norm[0], "bias", None)
+        shift = 0.0 if bias is None else bias
+        return normed if bool((factor == 1).all()) else ((normed - shift) * factor + shift).to(normed.dtype)
 
     def scale(self, resid: Tensor) -> Tensor:
         """The RMS (or standard deviation) the norm divides by, [world, pos, 1]."""

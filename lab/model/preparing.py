@@ -40,7 +40,9 @@ def prepare(
     spans = family.turn_for(tokenizer, family.video_spans(frames, grid), question_spans(item), answer_spans(item), system)
     ids, tokens = lay_out(spans, grid, tokenizer, family.placeholder(config))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels, **family.extra_inputs(ids, config)}
-    return Ready(inputs, (tokens,), (grid,), item, frames, render(spans), plan)
+    asked = {"n_frames": n_frames, "fps": fps, "index": None if index is None else list(index)}
+    sampling = {k: v for k, v in asked.items() if v is not None}
+    return Ready(inputs, (tokens,), (grid,), item, frames, render(spans), plan, sampling)
 
 
 def prepare_inputs(model: Any, inputs: dict[str, Any], *, roles: Any) -> Ready:

@@ -21,6 +21,7 @@ class Ready:
     grids    one VideoGrid per world
     item, frames, prompt   what was prepared; None and "" for inputs that came from a processor
     plan     what the mechanisms given to `prepare` asked for
+    sampling how the frames were chosen: {n_frames | fps | index: ...}
     """
 
     inputs: dict[str, Any]
@@ -30,6 +31,7 @@ class Ready:
     frames: Frames | None = None
     prompt: str = ""
     plan: Plan = field(default_factory=Plan)
+    sampling: dict[str, Any] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # state at the door
 
     @property

@@ -6,6 +6,7 @@ between them, the last position. All else is "text" until the caller names it wi
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -138,17 +139,30 @@ def _placed(roles: RoleMap, length: int) -> list[tuple[str, int] | None]:
     out: list[tuple[str, int] | None] = [None] * length
     for name, value in roles.items():
         _check_name(name)
-        places = [value] if value and isinstance(value[0], int) else list(value)
-        for option, (start, stop) in enumerate(places):  # type: ignore[misc]
-            if not 0 <= start < stop <= length:
-                raise PromptError(
-                    f"role {name!r}: span ({start}, {stop}) does not lie in the {length} positions of the prompt"
-                )
+        for option, (start, stop) in enumerate(_places(name, value, length)):
             for p in range(start, stop):
-                if out[p] is not None:
-                    raise PromptError(f"roles {out[p][0]!r} and {name!r} overlap at position {p}")
+                taken = out[p]
+                if taken is not None:
+                    raise PromptError(f"roles {taken[0]!r} and {name!r} overlap at position {p}")
                 out[p] = (name, option if name == "option" else -1)
     return out
+
+
+def _places(name: str, value: Any, length: int) -> list[Place]:
+    """The (start, stop) pairs of one role, checked."""
+    try:
+        one = len(value) == 2 and all(isinstance(v, int) for v in value)
+        places = [(operator.index(a), operator.index(b)) for a, b in ([value] if one else value)]
+    except (TypeError, ValueError):
+        raise PromptError(
+            f"role {name!r}: give (start, stop) or a list of such pairs, got {value!r}"
+        ) from None
+    for start, stop in places:
+        if not 0 <= start < stop <= length:
+            raise PromptError(
+                f"role {name!r}: span ({start}, {stop}) does not lie in the {length} positions of the prompt"
+            )
+    return places
 
 
 def _check_name(name: str, also: Sequence[str] = ()) -> None:

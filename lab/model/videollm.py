@@ -10,13 +10,14 @@ import difflib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 
-from lab.carriers import Frames, VideoQA
+from lab.carriers import Frames, TokenMap, VideoQA
 from lab.errors import LabWarning, ModelError, RunError, UsageError
 from lab.model import anatomy
 from lab.model.activations import LabCache, NamesFilter, guard, wanted
@@ -40,6 +41,15 @@ Read = str | int | Sequence[int] | Tensor
 Mechanisms = Sequence[Any]
 
 
+@dataclass(frozen=True)
+class Output:
+    """logits [world, read, d_vocab]; heads: what the plan's heads read; maps: the token map of each world at the end."""
+
+    logits: Tensor
+    heads: dict[str, Tensor]
+    maps: tuple[TokenMap, ...]
+
+
 class VideoLLM(HookedRootModule):
     """A wrapped model. Make one with `lab.load` or `lab.wrap`.
 
@@ -58,6 +68,7 @@ class VideoLLM(HookedRootModule):
         self.preprocessor = preprocessor
         self.lock = SharedLock()
         self.tower_calls = 0
+        self.spec: dict[str, Any] | None = None  # how a recipe names this model; None if it cannot
         lm = anatomy.language_model(hf)
         self.parts = anatomy.layer_parts(lm)
         self.cfg = anatomy.model_config(hf, lm)
@@ -202,15 +213,26 @@ class VideoLLM(HookedRootModule):
         chunk   prefill in pieces of so many positions: long videos in less memory. Not with hooks.
         Raises UsageError for a position or layer that does not exist; RunError for what cannot be combined.
         """
+        return self.run(ready, read=read, edges=edges, look=look, mechanisms=mechanisms, chunk=chunk).logits
+
+    def run(
+        self, ready: Ready | Mapping[str, Any], *, read: Read = "last", edges: Mapping[int, Edges] | None = None,
+        look: Sequence[int] = (), mechanisms: Mechanisms = (), chunk: int | None = None,
+    ) -> Output:  # fmt: skip
+        """The same run as `model(ready, ...)`, with what the plan's heads read and the token maps the decoder saw."""
         if not isinstance(ready, Ready):
             ready = self.prepare_inputs(**ready)
         run = Run(dict(edges or {}), frozenset(look))
         self._check_layers([*run.edges, *run.look])
         plan = ready.plan + plan_of(mechanisms, self.sizes)
-        with self.lock.shared(), self._plan_hooks(plan):
+        with self.plan_hooks(plan), self.lock.shared():
             door, maps = self.arrive(ready, plan)
             resid, side = self.stream(door, run, plan=plan, tokens=maps, chunk=chunk)
-            return self.read(resid, side, read, chunked=chunk is not None)
+            logits = self.read(resid, side, read, chunked=chunk is not None)
+            heads: dict[str, Tensor] = {}
+            for head in plan.heads:
+                heads |= head(self.ln_final(resid), side)
+        return Output(logits, heads, side.tokens)
 
     def arrive(self, ready: Ready, plan: Plan | None = None) -> tuple[Door, tuple[Any, ...]]:
         """See and lay out: the state at the decoder's door, and the token map of every world."""
@@ -290,10 +312,7 @@ class VideoLLM(HookedRootModule):
 
     def read(self, resid: Tensor, side: Side, read: Read = "last", *, chunked: bool = False) -> Tensor:
         """Final norm and head at the positions read: [world, read, d_vocab]."""
-        final = self.ln_final
-        if watched(cast(Any, final).hook_scale):
-            cast(Any, final).hook_scale(final.scale(resid))
-        normed = cast(Any, final).hook_normalized(final(resid))
+        normed = cast(Any, self.ln_final).hook_normalized(self.ln_final.normalise(resid))
         if chunked and read != "last":
             raise UsageError("with chunk= only the last position can be read: that is what chunks save memory for")
         return self.unembed(_rows(normed, side, read))
@@ -321,7 +340,8 @@ class VideoLLM(HookedRootModule):
             yield self
 
     @contextmanager
-    def _plan_hooks(self, plan: Plan) -> Iterator[None]:
+    def plan_hooks(self, plan: Plan) -> Iterator[None]:
+        """The hooks a plan asks for, open for one run."""
         if not plan.hooks:
             yield
             return
@@ -335,7 +355,13 @@ class VideoLLM(HookedRootModule):
         """Logits of a run with temporary hooks, `fn(value, hook=point)`.
 
         Warns (LabWarning) about a hook that never fired, or that returned a value but changed nothing.
+        Raises UsageError for backward hooks that would be gone before any backward pass.
         """
+        if bwd_hooks and reset_hooks_end:
+            raise UsageError(
+                "backward hooks are gone when run_with_hooks returns, before any backward pass; use "
+                "`with model.hooks(bwd_hooks=...): model(ready).sum().backward()`"
+            )
         if self._checkpointing() and torch.is_grad_enabled() and fwd_hooks:
             raise RunError(
                 "gradient checkpointing runs layers again during backward, when these hooks are gone; use "
@@ -364,10 +390,14 @@ class VideoLLM(HookedRootModule):
         names = wanted(list(self.hook_dict), names_filter)
         self._guard(names, ready, kept=True)
         store: dict[str, Tensor] = {}
-        savers = [(name, _Saver(store, device, remove_batch_dim and ready.n_worlds == 1)) for name in names]
-        with self.hooks([*fwd_hooks, *savers]):
-            logits = self(ready, **kwargs)
-        return logits, LabCache(store, self, has_batch_dim=not (remove_batch_dim and ready.n_worlds == 1))
+        if remove_batch_dim and ready.n_worlds != 1:
+            raise UsageError(f"remove_batch_dim needs one world, this input has {ready.n_worlds}")
+        with self.hooks(fwd_hooks):
+            edited = self._hooked()
+            savers = [(name, _Saver(store, device, remove_batch_dim, edited)) for name in names]
+            with self.hooks(savers):
+                logits = self(ready, **kwargs)
+        return logits, LabCache(store, self, has_batch_dim=not remove_batch_dim)
 
     def _guard(self, names: Sequence[Any], ready: Ready, *, kept: bool) -> None:
         plain = [n for n in names if isinstance(n, str)]
@@ -377,7 +407,9 @@ class VideoLLM(HookedRootModule):
     def _check_name(self, name: Any) -> None:
         if isinstance(name, str) and name not in self.hook_dict:
             near = difflib.get_close_matches(name, list(self.hook_dict), n=3)
-            raise UsageError(f"no hook point {name!r}; closest: {', '.join(near) or 'none'}")
+            without = [p.index for p in self.parts if p.attn is None and name.startswith(f"blocks.{p.index}.attn.")]
+            why = "".join(f" (layer {i + 1} has no softmax attention, only mixer.hook_out)" for i in without)
+            raise UsageError(f"no hook point {name!r}{why}; closest: {', '.join(near) or 'none'}")
 
     def _check_layers(self, layers: Sequence[int]) -> None:
         for layer in layers:
@@ -414,11 +446,12 @@ class VideoLLM(HookedRootModule):
         ready = self._ready(ready)
         run = Run(dict(edges or {}))
         self._check_layers([*run.edges])
-        out: Generated = generate(
-            self, ready, run, plan=ready.plan + plan_of(mechanisms, self.sizes), max_new_tokens=max_new_tokens,
-            do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop, chunk=chunk,
-            callback=callback,
-        )  # fmt: skip
+        plan = ready.plan + plan_of(mechanisms, self.sizes)
+        with self.plan_hooks(plan):
+            out: Generated = generate(
+                self, ready, run, plan=plan, max_new_tokens=max_new_tokens, do_sample=do_sample, seed=seed, stop=stop,
+                temperature=temperature, top_k=top_k, top_p=top_p, chunk=chunk, callback=callback,
+            )  # fmt: skip
         return (out, out.ids) if return_ids else out
 
     def answer(self, item: VideoQA | Ready, *, target: str | None = None, n_frames: int | None = None, **kwargs: Any) -> Answer:
@@ -465,13 +498,14 @@ class _Watch:
 
 
 class _Saver:
-    """Stores a detached copy of what passes."""
+    """Stores what passes, detached. It copies where other hooks are on: one may edit the same tensor in place at a
+    later point (resid_post of a layer and resid_pre of the next are one tensor)."""
 
-    def __init__(self, store: dict[str, Tensor], device: Any, squeeze: bool) -> None:
-        self.store, self.device, self.squeeze = store, device, squeeze
+    def __init__(self, store: dict[str, Tensor], device: Any, squeeze: bool, copy: bool) -> None:
+        self.store, self.device, self.squeeze, self.copy = store, device, squeeze, copy
 
     def __call__(self, value: Tensor, hook: Any) -> None:
-        kept = value.detach() if self.device is None else value.detach().to(self.device)
+        kept = value.detach().to(value.device if self.device is None else self.device, copy=self.copy)
         self.store[hook.name] = kept[0] if self.squeeze else kept
 
 

@@ -5,6 +5,7 @@ safetensors only, no remote code, no network for local folders.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,33 @@ def load(
     _finite(hf, where)
     model = wrap(hf, _tokenizer(folder, revision, trust_remote_code), preprocessor=_preprocessor(folder))
     model.cfg.model_name = str(name)
+    model.spec = _spec(name, kind, device, revision) if device_map is None else None
     if verify:
         verify_model(model)
     return model
+
+
+def weights_hash(name: str | Path) -> str | None:
+    """First 12 digits of the sha256 over a local checkpoint's safetensors files; None for hub ids."""
+    folder = Path(_locate(name)[0])
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:12] if files else None
+
+
+def _spec(name: str | Path, dtype: Any, device: Any, revision: str | None) -> dict[str, Any]:
+    """The model as a recipe names it (`lab.recipe.ModelSpec`). The hash is left out above 2 GB: it would take minutes."""
+    text, folder = str(name), Path(_locate(name)[0])
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    return {
+        "name": text if text in BUNDLED or not folder.is_dir() else str(folder.resolve()),
+        "dtype": "auto" if dtype == "auto" else str(dtype).removeprefix("torch."), "device": "auto" if device is None else str(device),
+        "revision": revision, "weights": weights_hash(name) if 0 < size < 2**31 else None,
+    }  # fmt: skip
 
 
 def _locate(name: str | Path) -> tuple[str, str]:

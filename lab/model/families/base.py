@@ -67,7 +67,7 @@ class Family:
         """The vision tower's layers in order: its longest module list; empty without a tower."""
         tower = _first(getattr(hf, "model", hf), _TOWERS)
         lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList)] if tower is not None else []
-        return max(lists, key=len) if lists else []
+        return list(max(lists, key=len)) if lists else []
 
     def connector(self, hf: nn.Module) -> nn.Module | None:
         """The module whose output enters the language model's width; None if no known name is found."""

@@ -1,0 +1,53 @@
+# Needs make, git and Python 3.11 or newer. Every target does the set-up it needs; README has the way without make.
+#   make setup TORCH='torch==2.13.0 --index-url ...'   another torch build: any pip arguments; kept until you give others
+#   make setup PYTHON=/some/python3.12                 another Python
+#   make lab ARGS=--allow-root                         further arguments for JupyterLab
+PYTHON ?=
+TORCH  ?=
+ARGS   ?=
+OLDEST := 'transformers==5.17.0' 'huggingface-hub<2'
+# what must hold on the oldest transformers we claim
+PARITY := tests/test_parity.py tests/test_families.py tests/test_generate.py
+BIN    := .venv/bin
+# Two threads: more gains nothing on models this small. Tests and demo never ask a hub.
+ENV    := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: help setup demo test test-oldest lab lint format clean
+
+help:
+	@echo 'make demo         a video, a question, an answer, and where it came from: out/demo/'
+	@echo 'make test         the test suite'
+	@echo 'make test-oldest  the parity tests on the oldest transformers we support'
+	@echo 'make lab          JupyterLab with the notebooks, on this machine only'
+	@echo 'make lint         ruff and pyright'
+	@echo 'make format       what ruff can fix by itself'
+	@echo 'make setup        the environment (.venv), re-used while nothing changed'
+	@echo 'make clean        remove environments, caches and out/'
+
+setup:
+	@sh .ci/setup .venv '$(PYTHON)' '$(TORCH)'
+
+demo: setup
+	@$(ENV) $(BIN)/vlab demo
+
+test: setup
+	@$(ENV) $(BIN)/python -m pytest
+
+test-oldest:
+	@sh .ci/setup .venv-oldest '$(PYTHON)' '$(TORCH)' $(OLDEST)
+	@$(ENV) .venv-oldest/bin/python -m pytest $(PARITY)
+
+lab: setup
+	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv.* .venv-oldest .venv-oldest.* out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,267 @@
+"""The command line. Every command is a few options here and a function in a file beside this one.
+
+Nothing heavy is imported before a command runs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from lab.cli.output import Reply, answer_with
+from lab.errors import LabError
+
+EPILOG = """\b
+Results go to stdout (--json: one JSON document), progress and notes to stderr.
+
+\b
+Exit codes:
+  0  done            3  recipe or file       6  model
+  1  failed          4  not enough memory    7  prompt
+  2  wrong usage     5  video                8  run
+  130  interrupted (Ctrl-C)
+
+An error is one line. `--debug`, anywhere on the line, shows where it happened.
+"""
+
+app = typer.Typer(
+    name="vlab", add_completion=False, no_args_is_help=True, rich_markup_mode=None, epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="See into video language models: ask about a video, trace where the answer comes from.",
+)  # fmt: skip
+
+Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A video file, or a folder of images.")]
+Question = Annotated[str, typer.Argument(metavar="QUESTION", help="A question about the video.")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", metavar="TEXT", help="An answer option; repeat for each."),
+]
+AnswerIs = Annotated[
+    str | None,
+    typer.Option(
+        "--answer", metavar="TEXT", help="The right answer, if known: an option or its letter, or a text."
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="NAME", help="tiny, a folder, or a hub id (see `vlab models`)."),
+]
+Frames = Annotated[
+    int | None, typer.Option("--frames", "-n", metavar="N", help="Sample N frames, evenly (default 8).")
+]
+Fps = Annotated[float | None, typer.Option("--fps", metavar="F", help="Sample F frames a second instead.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="float32, bfloat16 or float16 (default: float32 on a CPU, the checkpoint's on a GPU).",
+    ),
+]
+Pathway = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pathway",
+        "-p",
+        metavar="A->B",
+        help="Attention to cut, from role to role, e.g. 'video->last'; repeat for more.",
+    ),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        "-w",
+        metavar="K",
+        help="Cut K layers at a time, centred on each layer (default 9, a third of the layers in small models).",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error happened.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"videollm-lab {installed('videollm-lab')}")
+        raise typer.Exit(0)
+
+
+def _finish(work: Any, as_json: bool = False) -> None:
+    raise typer.Exit(answer_with(work, as_json))
+
+
+@app.command(short_help="The bundled model, a bundled video, and where the answer comes from.")
+def demo(
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where the files go.")] = "out/demo",
+    as_json: Json = False,
+) -> None:
+    """Ask the bundled model about the bundled video, and trace its answer.
+
+    Writes report.html, flow.png, result.npz, recipe.yaml and the video to FOLDER.
+    """
+    from lab.cli import tracing
+
+    _finish(lambda: tracing.demonstrate(out), as_json)
+
+
+@app.command(short_help="Ask a model about a video.")
+def ask(
+    video: Video, question: Question, option: Option = None, answer: AnswerIs = None, model: Model = "tiny",
+    frames: Frames = None, fps: Fps = None, device: Device = None, dtype: Dtype = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Length of a free answer.")] = 64,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Ask a model about a video. With options: their probabilities; without: a free answer."""
+    from lab.cli import asking
+
+    def work() -> Reply:
+        item = asking.question_about(video, question, option or [], answer)
+        return asking.ask(item, asking.Setting(model, device, dtype, frames, fps), max_tokens)
+
+    _finish(work, as_json)
+
+
+@app.command(short_help="Trace where an answer comes from.")
+def trace(
+    video: Video, question: Question, option: Option = None, answer: AnswerIs = None, model: Model = "tiny",
+    frames: Frames = None, fps: Fps = None, device: Device = None, dtype: Dtype = None,
+    pathway: Pathway = None, window: Window = None,
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where the files go.")] = "out/trace",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Find where an answer comes from: cut attention pathways layer by layer and watch the answer move.
+
+    Writes report.html, flow.png, result.npz and recipe.yaml to FOLDER.
+    """
+    from lab.cli import asking, tracing
+
+    def work() -> Reply:
+        item = asking.question_about(video, question, option or [], answer)
+        setting = asking.Setting(model, device, dtype, frames, fps)
+        return tracing.trace(item, setting, pathway or [], window, out)
+
+    _finish(work, as_json)
+
+
+@app.command("run", short_help="Carry out a recipe.")
+def rerun(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe.yaml that a trace wrote, or your own.")
+    ],
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="FOLDER", help="Save results and report here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Carry out a recipe. If result.npz lies beside it, say how far the new numbers are from it."""
+    from lab.cli import rerunning
+
+    _finish(lambda: rerunning.rerun(recipe, out), as_json)
+
+
+@app.command(short_help="Show what every position of the prompt is.")
+def tokens(
+    video: Video, question: Question, option: Option = None, model: Model = "tiny", frames: Frames = None,
+    fps: Fps = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="Draw the map to this .png too.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="One line for every position, not for every run of equal role.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Show what every position of the prompt is: which frame, row and column, which option, which text."""
+    from lab.cli import asking, showing
+
+    def work() -> Reply:
+        item = asking.question_about(video, question, option or [], None)
+        return showing.show_tokens(item, asking.Setting(model, "cpu", None, frames, fps), every, out)
+
+    _finish(work, as_json)
+
+
+@app.command(short_help="List known checkpoints and their sizes.")
+def models(as_json: Json = False) -> None:
+    """List checkpoints known to work, their sizes and the memory they take."""
+    from lab.cli import catalogue
+
+    _finish(catalogue.list_models, as_json)
+
+
+@app.command(short_help="Check the installation; predict memory.")
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Also predict the memory this model takes.")
+    ] = None,
+    frames: Annotated[int, typer.Option("--frames", "-n", metavar="N", help="Frames to predict for.")] = 8,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Check versions, devices and widgets; with MODEL, predict the memory for weights, cache and activations."""
+    from lab.cli import health
+
+    _finish(lambda: health.check(model, frames, dtype), as_json)
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code. Prints errors as one line on stderr."""
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    usage_error: type[Exception] = typer.BadParameter.__bases__[
+        0
+    ]  # click's, which some versions of typer carry inside
+    try:
+        return int(app(args, prog_name="vlab", standalone_mode=False) or 0)
+    except Exception as e:
+        if debug:
+            raise
+        return _explained(e, usage_error)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+
+
+def _explained(e: Exception, usage_error: type[Exception]) -> int:
+    match e:
+        case LabError():
+            return _say(" ".join(str(e).split()), e.exit_code)
+        case typer.Abort():
+            return _say("interrupted", 130)
+        case BrokenPipeError():  # `vlab ... | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        case MemoryError():
+            return _say("out of memory; try fewer frames or a smaller model", 4)
+        case usage_error():
+            return _say(f"{' '.join(e.format_message().split())} (see `vlab --help`)", 2)  # type: ignore[attr-defined]
+        case _:
+            what = " ".join(str(e).split())[:300]
+            return _say(f"unexpected {type(e).__name__}: {what}; add --debug to see where it happened", 1)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"vlab: {message}", file=sys.stderr)
+    return code
+
+
+def run() -> None:
+    """The `vlab` program."""
+    # transformers and tokenizers report progress and advice of their own; errors still come through
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run()

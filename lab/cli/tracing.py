@@ -1,0 +1,156 @@
+"""`vlab trace` and `vlab demo`: ask, cut attention pathways layer by layer, and write down where the answer comes from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab.cli.asking import Setting, choice, choice_text
+from lab.cli.output import Reply
+from lab.errors import UsageError
+
+if TYPE_CHECKING:
+    from lab.carriers import VideoQA
+    from lab.model.ready import Ready
+    from lab.result import Result
+    from probes.knockout import KnockoutRecipe
+
+CLIPS = Path(__file__).parents[1] / "data" / "clips"
+WINDOW = 9  # the paper's, for models of 28 layers and more
+
+
+def demonstrate(out: str) -> Reply:
+    """The bundled model and the first bundled clip. The clip is copied to `out`: the folder can be moved as a whole."""
+    from lab.items import load_items
+
+    item = load_items(CLIPS / "items.yaml")[0]
+    folder = _folder(out)
+    copy = folder / Path(item.video).name
+    shutil.copyfile(item.video, copy)
+    reply = trace(replace(item, video=str(copy)), Setting("tiny", "cpu", None, None, None), [], None, out)
+    return replace(reply, text=f"{item.question}\n{reply.text}\nAgain:  vlab run {folder / 'recipe.yaml'}")
+
+
+def trace(item: VideoQA, setting: Setting, pathways: Sequence[str], window: int | None, out: str) -> Reply:
+    """Answer, knock-out profile, report, picture and recipe in folder `out`."""
+    from lab.view.draw import figure_spec
+
+    folder = _folder(out)
+    model = setting.load()
+    ready = model.prepare(item, **setting.sampling())
+    found = model.answer(ready)
+    recipe = _recipe(model, item, ready, setting, pathways, window, folder)
+    results = recipe.run(progress=True, model=model)
+    files = _write(recipe, results, item, setting, ready, found, folder)
+    reading = str(figure_spec(results[0]).reading)
+    data = {
+        **(choice(found, item) if found.letter else {"answer": found.text}),
+        "reading": reading,
+        "recipe": recipe.id,
+        "files": files,
+        "results": [json.loads(r.to_json()) for r in results],
+    }
+    text = choice_text(found, item) if found.letter else found.text
+    return Reply(data, "\n".join([text, "", reading, "", *files]))
+
+
+def _write(
+    recipe: KnockoutRecipe,
+    results: Sequence[Result],
+    item: VideoQA,
+    setting: Setting,
+    ready: Ready,
+    found: Any,
+    folder: Path,
+) -> list[str]:
+    from lab.cli.rerunning import write_results
+    from lab.recipe import dump
+    from lab.view.draw import report
+
+    files = write_results(results, folder)
+    # the page once more, with the answer and the frames on it
+    report(
+        results,
+        folder / "report.html",
+        title=item.question,
+        intro=_intro(recipe, setting),
+        answer=_answer(found, item),
+        pictures=_frames(ready),
+    )
+    dump(recipe, folder / "recipe.yaml")
+    return [str(f) for f in [*files, folder / "recipe.yaml"]]
+
+
+def _recipe(
+    model: Any,
+    item: VideoQA,
+    ready: Ready,
+    setting: Setting,
+    pathways: Sequence[str],
+    window: int | None,
+    folder: Path,
+) -> KnockoutRecipe:
+    from lab.items import spec_of
+    from lab.recipe import ModelSpec
+    from probes.knockout import PATHWAYS, KnockoutRecipe
+
+    if window is not None and window < 1:
+        raise UsageError(f"--window {window}: at least 1 layer is needed")
+    spec = spec_of(item, **(setting.sampling() or {"n_frames": len(ready.frames or ())}))
+    spec = spec.model_copy(
+        update={"video": spec.video.model_copy(update={"path": path_from(folder, item.video)})}
+    )
+    # one frame has no other to look at
+    usual = [p for p in PATHWAYS if p != "cross-frame" or ready.tokens.n_frames > 1]
+    recipe = KnockoutRecipe(
+        model=ModelSpec(**model.spec), items=(spec,), pathways=tuple(pathways or usual),
+        window=window or window_for(model.cfg.n_layers),
+    )  # fmt: skip
+    return recipe.at(folder)
+
+
+def window_for(n_layers: int) -> int:
+    """Layers cut at a time when nobody says: 9, in small models an odd number near a third of the layers."""
+    return min(WINDOW, n_layers // 3 // 2 * 2 + 1)
+
+
+def path_from(folder: Path, video: str) -> str:
+    """The video's path as a recipe in `folder` writes it: relative where both lie below the working folder."""
+    here, file, start = Path.cwd(), Path(video).resolve(), folder.resolve()
+    near = file.is_relative_to(here) and start.is_relative_to(here)
+    return Path(os.path.relpath(file, start)).as_posix() if near or file.parent == start else file.as_posix()
+
+
+def _folder(out: str) -> Path:
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"--out {out}: cannot be made: {e.strerror}") from None
+    return folder
+
+
+def _intro(recipe: KnockoutRecipe, setting: Setting) -> str:
+    return (
+        f"{setting.model} was asked once, and then again with attention cut: one pathway at a time, in {recipe.window} "
+        "neighbouring layers at a time. Where a curve drops, the answer was passing."
+    )
+
+
+def _answer(found: Any, item: VideoQA) -> Any:
+    from lab.view.draw import Answer
+
+    if not found.letter:
+        return Answer(item.question, said=found.text)
+    truth = item.answer if isinstance(item.answer, int) else None
+    return Answer(item.question, item.options, found.letter_probs.tolist(), found.index, truth)
+
+
+def _frames(ready: Ready) -> dict[str, Any]:
+    frames = ready.frames
+    return {} if frames is None else {"What the model saw": frames.pixels.permute(0, 2, 3, 1).cpu().numpy()}

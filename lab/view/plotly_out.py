@@ -1,0 +1,198 @@
+"""FigureSpec -> plotly figure, for notebooks and web pages. Draws what the FigureSpec says and computes nothing new."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+from PIL import Image
+
+from lab.view.palette import anchors, grey, rgb, rgba_scale, stroke
+from lab.view.specs import FigureSpec, mosaic, text
+
+# No upload button, no logo. Names that a plotly release does not know are ignored by it.
+CONFIG: dict[str, Any] = {
+    "displaylogo": False,
+    "displayModeBar": "hover",
+    "responsive": True,
+    "plotlyServerURL": "",
+    "showSendToCloud": False,
+    "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "select2d", "lasso2d", "autoScale2d"],
+}
+THUMBNAIL = 240  # pixels of the longer side of a frame below a strip
+
+
+def to_plotly(spec: FigureSpec) -> go.Figure:
+    """The figure as plotly draws it. Show it with `fig.show(config=CONFIG)`: without, plotly adds an upload button."""
+    fig = go.Figure()
+    {"lines": _lines, "heat": _heat, "strip": _strip, "table": _table}[spec.kind](fig, spec)
+    fig.update_layout(
+        template="none",
+        title={"text": _safe(spec.title), "x": 0, "xref": "paper", "font": {"size": 16}},
+        margin={"l": 8 if spec.kind == "strip" else 70, "r": 20, "t": 54, "b": 60},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hovermode="closest",
+        font={"family": "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif", "color": "#1d2126"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8a939c", "activecolor": "#0b62a4"},
+        meta={"recipe": spec.recipe_id, "unit": spec.unit},
+    )
+    return fig
+
+
+def picture_uri(pixels: NDArray[np.uint8], longest: int = THUMBNAIL) -> str:
+    """A picture uint8 [height, width, 3] as a JPEG data URI, shrunk so that its longer side is at most `longest`."""
+    image = Image.fromarray(np.ascontiguousarray(pixels), "RGB")
+    scale = longest / max(image.size)
+    if scale < 1:
+        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    elif scale >= 2:  # tiny simulated frames: whole-number enlargement keeps their pixels sharp
+        image = image.resize((image.width * int(scale), image.height * int(scale)), Image.Resampling.NEAREST)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _lines(fig: go.Figure, spec: FigureSpec) -> None:
+    x, values = spec.x_numbers(), spec.masked()
+    for i, name in enumerate(spec.series):
+        if spec.low is not None and spec.high is not None:
+            fig.add_trace(_band(x, spec.low[i], spec.high[i], i))
+        fig.add_trace(_curve(spec, x, values[i], i, name))
+    if spec.reference is not None:
+        fig.add_hline(y=spec.reference, line={"color": "#888", "width": 1, "dash": "dot"})
+    at, words = spec.x_ticks()
+    fig.update_xaxes(title=_safe(spec.x_label), tickvals=at, ticktext=[_safe(w) for w in words], showgrid=False, zeroline=False)
+    fig.update_yaxes(title=_safe(spec.y_label), range=spec.limits, zeroline=False, gridcolor="rgba(128,128,128,0.25)")
+    legend = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "font": {"size": 13}, "itemwidth": 40}
+    fig.update_layout(height=430, showlegend=len(spec.series) > 1, legend=legend)
+
+
+def _curve(spec: FigureSpec, x: list[float], y: NDArray[Any], i: int, name: str) -> go.Scatter:
+    s = stroke(i)
+    interval = ""
+    shown = [[text(c)] for c in spec.x]
+    if spec.low is not None and spec.high is not None:
+        interval = "<br>95 %: %{customdata[1]} to %{customdata[2]}"
+        shown = [[text(c), text(a), text(b)] for c, a, b in zip(spec.x, spec.low[i], spec.high[i], strict=True)]
+    return go.Scatter(
+        x=x, y=y, name=_safe(name), mode="lines+markers", legendgroup=str(i), connectgaps=False, customdata=shown,
+        line={"color": s.colour, "dash": s.plotly_dash, "width": 2.2}, marker={"symbol": s.symbol, "size": 7},
+        hovertemplate=f"{_safe(name)}<br>{_safe(spec.x_label)} %{{customdata[0]}}: <b>%{{y:.4g}}</b>{interval}<extra></extra>",
+    )  # fmt: skip
+
+
+def _band(x: list[float], low: NDArray[Any], high: NDArray[Any], i: int) -> go.Scatter:
+    """One closed outline for each stretch of finite bounds, in one trace."""
+    known = np.isfinite(low) & np.isfinite(high)
+    px: list[float | None] = []
+    py: list[float | None] = []
+    for part in np.split(np.arange(len(x)), np.flatnonzero(np.diff(known.astype(int))) + 1):
+        if len(part) and known[part[0]]:
+            px += [*(x[j] for j in part), *(x[j] for j in part[::-1]), None]
+            py += [*high[part].tolist(), *low[part[::-1]].tolist(), None]
+    r, g, b = rgb(stroke(i).colour)
+    return go.Scatter(
+        x=px, y=py, fill="toself", fillcolor=f"rgba({r},{g},{b},0.18)", line={"width": 0}, mode="lines",
+        hoverinfo="skip", legendgroup=str(i), showlegend=False,
+    )  # fmt: skip
+
+
+def _heat(fig: go.Figure, spec: FigureSpec) -> None:
+    places = {"x": list(range(len(spec.x))), "y": list(range(len(spec.series)))}
+    shown = np.array([[[y, text(x)] for x in spec.x] for y in spec.series], dtype=object)
+    where = f"{_safe(spec.y_label)} %{{customdata[0]}}, {_safe(spec.x_label)} %{{customdata[1]}}"
+    z = spec.masked()
+    fig.add_trace(_cells(spec, z, places, shown, f"{where}: <b>%{{z:.4g}}</b><extra></extra>"))
+    if np.isnan(z).any():
+        fig.add_trace(_grey_cells(spec, np.isnan(z), places, shown, f"{where}: not finite<extra></extra>"))
+    at, words = spec.x_ticks()
+    fig.update_xaxes(title=_safe(spec.x_label), tickvals=at, ticktext=[_safe(w) for w in words], showgrid=False, zeroline=False)
+    every = max(1, -(-len(spec.series) // 24))
+    names = [_safe(s) for s in spec.series]
+    fig.update_yaxes(
+        title=_safe(spec.y_label), tickvals=places["y"][::every], ticktext=names[::every], showgrid=False, zeroline=False,
+        autorange=True if spec.y_up else "reversed", automargin=True,
+    )  # fmt: skip
+    fig.update_layout(height=int(np.clip(160 + 22 * len(spec.series), 300, 760)))
+
+
+def _strip(fig: go.Figure, spec: FigureSpec) -> None:
+    m = mosaic(spec)
+    places = {"x": m.x, "y": m.y}
+    shown = _strip_hover(spec, m.z.shape)
+    hover = "%{customdata[0]}, row %{customdata[1]}, column %{customdata[2]}: "
+    fig.add_trace(_cells(spec, m.z, places, shown, hover + "<b>%{z:.4g}</b><extra></extra>"))
+    if m.bad.any():
+        fig.add_trace(_grey_cells(spec, m.bad, places, shown, hover + "not finite<extra></extra>"))
+    width, height = m.size
+    for i, (x, y) in enumerate(m.corners):
+        if spec.frames is not None:
+            fig.add_layout_image(
+                source=picture_uri(spec.frames[i]), x=x, y=y, sizex=width, sizey=height, xref="x", yref="y",
+                sizing="stretch", layer="below",
+            )  # fmt: skip
+        fig.add_annotation(
+            x=x, y=y, text=_safe(spec.series[i]), showarrow=False, xanchor="left", yanchor="bottom", font={"size": 11}
+        )
+    fig.update_xaxes(visible=False, range=[0, m.width], constrain="domain")
+    fig.update_yaxes(visible=False, range=[m.height, 0], scaleanchor="x", constrain="domain")
+    fig.update_layout(height=int(np.clip(130 + 930 * m.height / m.width, 240, 1000)))
+
+
+def _strip_hover(spec: FigureSpec, shape: tuple[int, int]) -> NDArray[Any]:
+    n, rows, cols = spec.values.shape
+    shown = np.full((*shape, 3), "", dtype=object)
+    wide = (shape[1] + 1) // (cols + 1)
+    for i in range(n):
+        for r in range(rows):
+            for c in range(cols):
+                shown[(i // wide) * (rows + 1) + r, (i % wide) * (cols + 1) + c] = (spec.series[i], r, c)
+    return shown
+
+
+def _table(fig: go.Figure, spec: FigureSpec) -> None:
+    columns = [list(c) for c in zip(*spec.rows, strict=True)] if spec.rows else [[] for _ in spec.columns]
+    header = {"values": [_safe(c) for c in spec.columns], "align": "left"}
+    fig.add_trace(go.Table(header=header, cells={"values": [[_safe(v) for v in c] for c in columns], "align": "left"}))
+    fig.update_layout(height=int(np.clip(110 + 26 * len(spec.rows), 180, 700)))
+
+
+def _cells(spec: FigureSpec, z: NDArray[Any], places: dict[str, Any], shown: Any, hover: str) -> go.Heatmap:
+    lo, hi = spec.limits or (0.0, 1.0)
+    return go.Heatmap(
+        z=z, **places, customdata=shown, hovertemplate=hover, zmin=lo, zmax=hi, colorscale=_scale(spec),
+        hoverongaps=False, colorbar=_colorbar(spec),
+    )  # fmt: skip
+
+
+def _colorbar(spec: FigureSpec) -> dict[str, Any]:
+    if spec.kind != "strip":
+        return {"title": {"text": _safe(spec.unit), "side": "right"}, "thickness": 14}
+    title = {"text": _safe(spec.unit), "side": "top"}
+    return {"title": title, "thickness": 10, "orientation": "h", "x": 0, "xanchor": "left", "y": -0.02, "yanchor": "top", "len": 0.4}
+
+
+def _grey_cells(spec: FigureSpec, bad: NDArray[Any], places: dict[str, Any], shown: Any, hover: str) -> go.Heatmap:
+    colour = grey(spec.diverging)
+    return go.Heatmap(
+        z=np.where(bad, 1.0, np.nan), **places, customdata=shown, hovertemplate=hover, showscale=False, zmin=0, zmax=1,
+        colorscale=[[0, colour], [1, colour]], hoverongaps=False,
+    )  # fmt: skip
+
+
+def _scale(spec: FigureSpec) -> list[list[Any]]:
+    colours = anchors(spec.diverging)
+    if spec.frames is not None:
+        scale = rgba_scale(spec.diverging)
+        colours = [f"rgba({r * 255:.0f},{g * 255:.0f},{b * 255:.0f},{a})" for r, g, b, a in scale]
+    return [[at, c] for at, c in zip(np.linspace(0, 1, len(colours)).tolist(), colours, strict=True)]
+
+
+def _safe(words: str) -> str:
+    """plotly reads a little HTML in every text; names from files must not become tags or placeholders."""
+    return words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "% {")
