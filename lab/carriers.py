@@ -87,7 +87,9 @@ class Frames:
                 f"frames must be uint8 [frame, 3, height, width], got {self.pixels.dtype} {tuple(self.pixels.shape)}"
             )
         if not len(self.pixels) == len(self.seconds) == len(self.index):
-            raise UsageError(f"{len(self.pixels)} frames but {len(self.seconds)} times and {len(self.index)} indices")
+            raise UsageError(
+                f"{len(self.pixels)} frames but {len(self.seconds)} times and {len(self.index)} indices"
+            )
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -130,10 +132,8 @@ class VideoGrid:
 
     def plus_newline(self) -> VideoGrid:
         """The same grid followed by one token of no frame (LLaVA's image_newline)."""
-        tail = VideoGrid(
-            *(torch.tensor([-1]) for _ in range(3)),
-            torch.tensor([torch.nan]), torch.tensor([0.0]), torch.tensor([len(self)]),
-        )  # fmt: skip
+        none, nan = torch.tensor([-1]), torch.tensor([torch.nan])
+        tail = VideoGrid(none, none, none, nan, torch.tensor([0.0]), torch.tensor([len(self)]))
         return VideoGrid(*(torch.cat([getattr(self, f.name), getattr(tail, f.name)]) for f in fields(self)))
 
 
@@ -269,5 +269,7 @@ def _role_codes(role: str | Sequence[str]) -> list[int]:
 def _code(name: str, known: tuple[str, ...], what: str) -> int:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
-        raise UsageError(f"no {what} {name!r}; closest: {', '.join(near) or 'none'}; known: {', '.join(known)}")
+        raise UsageError(
+            f"no {what} {name!r}; closest: {', '.join(near) or 'none'}; known: {', '.join(known)}"
+        )
     return known.index(name)

@@ -13,6 +13,7 @@ import json
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def spec_of(item: VideoQA, **sampling: Any) -> ItemSpec:
     """The item as a piece of a recipe, with the hash of its video; `sampling` as in `VideoSpec`."""
     row = _row(item, Path.cwd())
     video = VideoSpec(path=row.pop("video"), sha256=sha256_of(item.video), **sampling)
-    return ItemSpec(video=video, **{k: tuple(v) if k == "options" else v for k, v in row.items()})
+    row["options"] = tuple(row.get("options", ()))
+    return ItemSpec(video=video, **row)
 
 
 def item_of(spec: ItemSpec, *, base: str | Path | None = None, name: str = "item") -> VideoQA:
@@ -127,7 +129,7 @@ def _from_list(rows: list[Any], folder: Path, where: str, stem: str = "item") ->
 
 def _item(row: Any, folder: Path, where: str, default_id: str) -> VideoQA:
     if isinstance(row, VideoQA):
-        return row if row.id else VideoQA(**{**_fields(row), "id": default_id})
+        return row if row.id else replace(row, id=default_id)
     if isinstance(row, ItemSpec):
         row = row.model_dump(mode="json")
     if not isinstance(row, Mapping):
@@ -245,10 +247,6 @@ def _simulator(name: str) -> Any:
     )
 
 
-def _fields(item: VideoQA) -> dict[str, Any]:
-    return {n: getattr(item, n) for n in (*FIELDS, "state", "twin")}
-
-
 def _row(item: VideoQA, folder: Path) -> dict[str, Any]:
     if not isinstance(item.video, str):
         raise UsageError(
@@ -256,7 +254,7 @@ def _row(item: VideoQA, folder: Path) -> dict[str, Any]:
         )
     video = Path(item.video).absolute()
     inside = video.is_relative_to(folder.absolute())
-    row = {n: getattr(item, n) for n in FIELDS}
+    row: dict[str, Any] = {n: getattr(item, n) for n in FIELDS}
     row["video"] = (video.relative_to(folder.absolute()) if inside else video).as_posix()
     row["options"] = list(item.options)
     return {k: v for k, v in row.items() if v not in ("", None) and v != []}

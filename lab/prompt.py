@@ -41,25 +41,55 @@ def render(spans: Sequence[Span]) -> str:
 def lay_out(spans: Sequence[Span], grid: VideoGrid, tokenizer: Any, placeholder: int) -> tuple[Tensor, TokenMap]:
     """Token ids [1, pos] and the map of one world.
 
-    Text between two video spans is tokenised as one string, so merges across span borders are the tokenizer's own;
-    a token belongs to the span in which its first character lies. Text before and after a video span is tokenised
-    apart, as processors do that split at special tokens. Raises PromptError if a non-empty span got no token, or if
-    the spans do not use every video token exactly once.
+    The whole prompt is tokenised as one string, each video span standing in it as one placeholder that is then
+    multiplied: just as processors do it, since tokenizers treat the start of a string otherwise (Llama's prefix
+    space). Only bos is put in front by its id, as tokenizers themselves do. A token belongs to the span in which its
+    first character lies, so merges across span borders are the tokenizer's own. Raises PromptError if a non-empty
+    span got no token, if the text itself spells the placeholder, if the tokenizer does not know the placeholder, or
+    if the spans do not use every video token exactly once.
     """
     used = [r for s in spans if s.rows is not None for r in range(*s.rows)]
     if used != list(range(len(grid))):
         raise PromptError(f"the layout places {len(used)} video tokens, the video has {len(grid)}; each must stand once, in order")
     columns: dict[str, list[Any]] = {k: [] for k in ("ids", "pieces", "role", "kind", "frame", "row", "col", "option", "seconds", "weight", "source")}  # fmt: skip
-    text: list[Span] = []
-    for span in spans:
-        if span.rows is None:
-            text.append(span)
-            continue
-        _text(columns, text, tokenizer)
-        text = []
-        _video(columns, span, grid, placeholder)
-    _text(columns, text, tokenizer)
+    body = list(spans)
+    if body and body[0].role == "bos" and tokenizer.bos_token_id is not None:
+        _append(columns, body.pop(0), int(tokenizer.bos_token_id), tokenizer.bos_token)
+    _body(columns, body, grid, tokenizer, placeholder)
     return _finish(columns)
+
+
+def _body(
+    columns: dict[str, list[Any]], spans: list[Span], grid: VideoGrid, tokenizer: Any, placeholder: int
+) -> None:
+    stand_in = str(tokenizer.convert_ids_to_tokens(placeholder)) if len(grid) else ""
+    texts = [s.text if s.rows is None else stand_in for s in spans]
+    whole = "".join(texts)
+    if not whole:
+        return
+    coded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    owner = [i for i, text in enumerate(texts) for _ in text]
+    seen: list[int] = []
+    for id_, (start, stop) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+        # a placeholder that swallows the space before it starts in the span before
+        first = max(start, stop - len(stand_in)) if id_ == placeholder else start
+        at = owner[min(first, len(owner) - 1)]
+        seen.append(at)
+        if spans[at].rows is not None:
+            _video(columns, spans[at], grid, placeholder)
+        elif id_ == placeholder:
+            raise PromptError(f"the text {spans[at].text!r} spells the model's video placeholder {stand_in!r}; reword it")
+        else:
+            _append(columns, spans[at], int(id_), whole[start:stop])
+    _check_seen(spans, seen, stand_in)
+
+
+def _check_seen(spans: Sequence[Span], seen: Sequence[int], stand_in: str) -> None:
+    for i, span in enumerate(spans):
+        if span.rows is not None and seen.count(i) != 1:
+            raise PromptError(f"the tokenizer makes {seen.count(i)} tokens of the video placeholder {stand_in!r}, not one; it belongs to another model")
+        if span.text.strip() and i not in seen:
+            raise PromptError(f"the {span.role} text {span.text!r} shares all its tokens with its neighbour; the tokenizer merged them")
 
 
 def _finish(columns: dict[str, list[Any]]) -> tuple[Tensor, TokenMap]:
@@ -71,22 +101,6 @@ def _finish(columns: dict[str, list[Any]]) -> tuple[Tensor, TokenMap]:
     ints = {k: torch.tensor(v, dtype=torch.long) for k, v in columns.items()}
     tokens = TokenMap(pieces=pieces, order=torch.arange(len(pieces)), **ints, **floats)
     return tokens.ids[None], tokens
-
-
-def _text(columns: dict[str, list[Any]], spans: list[Span], tokenizer: Any) -> None:
-    whole = "".join(s.text for s in spans)
-    if not whole:
-        return
-    coded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    owner = [i for i, s in enumerate(spans) for _ in s.text]
-    seen: set[int] = set()
-    for id_, (start, stop) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
-        at = owner[min(start, len(owner) - 1)]
-        seen.add(at)
-        _append(columns, spans[at], int(id_), whole[start:stop])
-    for i, span in enumerate(spans):
-        if span.text.strip() and i not in seen:
-            raise PromptError(f"the {span.role} text {span.text!r} shares all its tokens with its neighbour; the tokenizer merged them")
 
 
 def _append(columns: dict[str, list[Any]], span: Span, id_: int, piece: str) -> None:

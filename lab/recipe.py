@@ -121,18 +121,16 @@ class VideoSpec(Part):
 
     path: str
     sha256: str | None = None
-    n_frames: int | None = None
-    fps: float | None = None
+    n_frames: int | None = Field(default=None, ge=1)
+    fps: float | None = Field(default=None, gt=0)
     index: tuple[int, ...] | None = None
-    max_frames: int | None = None
+    max_frames: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         given = [n for n in ("n_frames", "fps", "index") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"choose one of n_frames, fps, index; {' and '.join(given)} are given")
-        if (self.n_frames or 1) < 1 or (self.fps is not None and self.fps <= 0):
-            raise ValueError(f"n_frames {self.n_frames} and fps {self.fps} must be above 0")
         return self
 
     def sampling(self) -> dict[str, Any]:
@@ -156,7 +154,7 @@ class SimSpec(Part):
     """Simulated items: `n` items of the simulator task `sim`, drawn with `seed`."""
 
     sim: str
-    n: int = 8
+    n: int = Field(default=8, ge=1)
     seed: int = 0
 
 

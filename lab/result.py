@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -324,7 +324,9 @@ def _equal(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
 def _nullable(array: NDArray[Any] | None) -> Any:
     if array is None:
         return None
-    return np.where(np.isfinite(array), array.astype(object), None).tolist()
+    shown = array.astype(object)
+    shown[~np.isfinite(array)] = None
+    return shown.tolist()
 
 
 # ---- bootstrap ----------------------------------------------------------------------------------------------------

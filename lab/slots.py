@@ -17,7 +17,9 @@ from lab.side import Side
 from lab.spans import Span
 
 Step = Callable[[Tensor, Side], tuple[Tensor, Side]]
-Hook = tuple[str, Callable[..., Any]]  # a TransformerLens (name, fn) pair; fn(value, hook=...) looks or returns a replacement
+Hook = tuple[
+    str, Callable[..., Any]
+]  # a TransformerLens (name, fn) pair; fn(value, hook=...) looks or returns a replacement
 
 
 @runtime_checkable
@@ -103,7 +105,9 @@ class Plan:
                 merged[f.name] = mine + theirs
                 continue
             if mine is not None and theirs is not None:
-                raise UsageError(f"two mechanisms fill the {f.name} slot: {mine!r} and {theirs!r}; choose one")
+                raise UsageError(
+                    f"two mechanisms fill the {f.name} slot: {mine!r} and {theirs!r}; choose one"
+                )
             merged[f.name] = mine if mine is not None else theirs
         return Plan(**merged)
 

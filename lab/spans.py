@@ -11,18 +11,18 @@ from typing import Literal
 
 Kind = Literal["text", "video", "time", "region"]
 Role = Literal[
-    "pad",          # left padding of a shorter world
+    "pad",  # left padding of a shorter world
     "bos",
-    "system",       # system prompt
-    "frame",        # a video token of one frame (or tubelet)
-    "separator",    # timestamps, frame labels, vision start/end marks, newline tokens between or after frames
-    "connector",    # text between the video and the question
-    "question",     # question stem, without the options
-    "option",       # one answer option with its letter
+    "system",  # system prompt
+    "frame",  # a video token of one frame (or tubelet)
+    "separator",  # timestamps, frame labels, vision start/end marks, newline tokens between or after frames
+    "connector",  # text between the video and the question
+    "question",  # question stem, without the options
+    "option",  # one answer option with its letter
     "instruction",  # "Only give the best option." and the like
-    "template",     # chat-template tokens and the answer prefix
-    "text",         # text whose role nobody told us (prompts we did not render)
-    "last",         # the final prompt position: the answer is read here
+    "template",  # chat-template tokens and the answer prefix
+    "text",  # text whose role nobody told us (prompts we did not render)
+    "last",  # the final prompt position: the answer is read here
     "generated",
 ]
 

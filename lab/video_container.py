@@ -94,11 +94,24 @@ def _picture_stream(container: Any, path: Path) -> Any:
 
 
 def _explain(path: Path, error: Exception) -> str:
-    head = path.open("rb").read(12) if path.is_file() else b""
-    if head[4:8] == b"ftyp":
-        return f"{path}: an mp4 without a usable index (moov box): it was cut off on the way; get it again"
+    if path.is_file() and {b"ftyp"} <= (boxes := _boxes(path)) and b"moov" not in boxes:
+        return f"{path}: an mp4 without its index (moov box): it was cut off on the way; get it again"
     why = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return f"{path}: cannot be read as a video ({why}); check that it plays, or convert it to mp4"
+
+
+def _boxes(path: Path) -> set[bytes]:
+    """Names of the top-level boxes of an mp4; something short for any other file."""
+    names: set[bytes] = set()
+    with path.open("rb") as file:
+        while len(head := file.read(16)) >= 8 and head[4:8].isalnum():
+            names.add(head[4:8])
+            size, long = int.from_bytes(head[:4], "big"), int.from_bytes(head[8:], "big")
+            length = long if size == 1 else size
+            if length < 8:  # 0: reaches to the end of the file
+                break
+            file.seek(length - len(head), os.SEEK_CUR)
+    return names
 
 
 def demuxed(container: Any, stream: Any) -> Table | None:
@@ -110,7 +123,8 @@ def demuxed(container: Any, stream: Any) -> Table | None:
     keys: list[tuple[int, int]] = []  # keyframes so far: pts, and where to seek
     starts: dict[int, int] = {}
     packets = end = 0
-    for packets, packet in enumerate(_packets(container, stream), 1):
+    for packet in _packets(container, stream):
+        packets += 1
         if packet.pts is None or packet.pts in starts:
             return None
         if packet.is_keyframe:
@@ -146,19 +160,21 @@ def _last_step(pts: list[int]) -> int:
     return pts[-1] - pts[-2] if len(pts) > 1 else 0
 
 
-def missing_end(table: Table, stream: Any) -> int | None:
+def missing_end(table: Table, stream: Any) -> str | None:
     """How many frames the file claims to have, if it has clearly fewer; else None.
 
     The claim is the number in the header, or the duration of the pictures (Matroska keeps that in a tag).
     """
-    n = len(table.pts)
     if stream.frames:
-        return stream.frames if table.packets < 0.99 * stream.frames - 1 else None
-    end, frame = table.end * float(stream.time_base), (table.end - table.pts[0]) / n * float(stream.time_base)
+        return str(stream.frames) if table.packets < 0.99 * stream.frames - 1 else None
+    steps = sorted(b - a for a, b in zip(table.pts, table.pts[1:], strict=False))
     claimed = _tag_seconds(str(stream.metadata.get("DURATION", "")))
-    if claimed is None or not frame or end > claimed - 2 * frame:
+    if claimed is None or not steps:
         return None
-    return n + round((claimed - end) / frame)
+    step, missing = steps[len(steps) // 2], claimed / float(stream.time_base) - table.end
+    if missing < 2 * step:
+        return None
+    return f"about {len(table.pts) + round(missing / step)}"
 
 
 def _tag_seconds(tag: str) -> float | None:

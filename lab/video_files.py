@@ -152,6 +152,7 @@ class FileSource:
         for n, frame in enumerate(self._frames(container, stream)):
             i = place.get(frame.pts) if self._table.exact else n
             if i is not None and i < len(place):
+                self._failed += bool(frame.is_corrupt)
                 yield i, frame
 
     def _nearest(self, there: list[int], i: int) -> int:

@@ -20,7 +20,7 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
-from lab.carriers import VideoQA
+from lab.carriers import TokenMap, VideoQA
 from lab.errors import ConfigError, LabWarning, UsageError
 from lab.items import load_items, spec_of
 from lab.model.answering import letter_ids
@@ -30,9 +30,12 @@ from lab.model.zoo import load, weights_hash
 from lab.recipe import ItemSpec, ItemsSpec, ModelSpec, Recipe
 from lab.result import Result
 from lab.runs import Cancel, Ledger, Run, progress
-from probes.pathways import cut_mask
+from probes.pathways import CROSS_FRAME, cut_mask
 
-PATHWAYS = ("cross-frame", "video->question", "video->last", "question->last", "last->last")
+# The paper's curves; its "question" is the stem together with the options.
+PATHWAYS = ("cross-frame", "video->question+option", "video->last", "question+option->last", "last->last")
+# Where nobody told us which text is the question.
+PORTABLE = ("cross-frame", "video->text", "video->last", "text->last", "last->last")
 WINDOW = 9
 UNIT = "% change in probability"
 Metric = Literal["argmax", "answer"]
@@ -69,19 +72,22 @@ def load_spec(spec: ModelSpec) -> Any:
     """The model a recipe names. Raises ConfigError if its weights are not the ones the recipe was made with."""
     have = weights_hash(spec.name) if spec.weights else None
     if spec.weights and have != spec.weights:
-        raise ConfigError(f"weights of {spec.name} have hash {have}, the recipe was made with {spec.weights}; get those")
+        raise ConfigError(
+            f"weights of {spec.name} have hash {have}, the recipe was made with {spec.weights}; get those"
+        )
     dtype, device = (None if v == "auto" else v for v in (spec.dtype, spec.device))
     return load(spec.name, dtype=dtype, device=device, revision=spec.revision)
 
 
 def knockout(
-    model: Any, items: Any, pathways: Sequence[str] = PATHWAYS, *, window: int = WINDOW, metric: Metric = "argmax",
+    model: Any, items: Any, pathways: Sequence[str] | None = None, *, window: int = WINDOW, metric: Metric = "argmax",
     n_frames: int = 8, out: str | Path | None = None, cancel: Cancel | None = None, show_progress: bool = True,
 ) -> Result:  # fmt: skip
     """Sweep a centred window of cut layers over the model, for every pathway and item.
 
     items     one or several VideoQA or Ready (one world each)
-    pathways  see `probes.pathways`: "cross-frame", or "keys->queries" for any pair of segments
+    pathways  see `probes.pathways`: "cross-frame", or "keys->queries" for any pair of segments; None: the paper's
+              five curves, as far as the first item's prompt has them
     window    number of layers; near the ends it is clipped, not shifted (the paper's rule), so end points cut fewer
     metric    "argmax": p of the token the clean run answers (the paper's); "answer": p of the right option's letter
     out       folder for a journal: an interrupted sweep goes on where it stopped
@@ -92,14 +98,22 @@ def knockout(
     if window < 1:
         raise UsageError(f"window must be at least 1 layer, got {window}")
     given = list(items) if isinstance(items, list | tuple) else [items]
-    if not given or not pathways:
-        raise UsageError(f"nothing to do: {len(given)} items, {len(pathways)} pathways")
+    if not given or (pathways is not None and not pathways):
+        raise UsageError(f"nothing to do: {len(given)} items, {0 if pathways is None else len(pathways)} pathways")
     ready = [i if isinstance(i, Ready) else model.prepare(i, n_frames) for i in given]
+    pathways = usual_pathways(_map(ready[0])) if pathways is None else pathways
     recipe = _recipe(model, ready, pathways, window, metric, n_frames)
     return _swept(
         model, [r.item for r in ready], ready, tuple(pathways), window, metric, recipe, out=out, cancel=cancel,
         show=show_progress,
     )  # fmt: skip
+
+
+def usual_pathways(tokens: TokenMap) -> tuple[str, ...]:
+    """The paper's five curves for this prompt; "text" in place of the question where its place is not known."""
+    known = len(tokens.where(role=["question", "option"])) > 0
+    chosen = PATHWAYS if known else PORTABLE
+    return tuple(p for p in chosen if p != CROSS_FRAME or tokens.n_frames > 1)
 
 
 def layers_of(centre: int, window: int, n_layers: int) -> range:
@@ -149,7 +163,11 @@ def _swept(
     p = np.array(rows).reshape(len(cases), len(pathways), n_layers)
     clean = np.array([c.clean for c in cases])[:, None, None]
     _warn_if_dead(p, clean, pathways)
-    spent = Ledger(len(cases) * (1 + len(pathways) * n_layers), len(cases) * (1 + len(pathways) * n_layers), model.tower_calls - calls)
+    spent = Ledger(
+        len(cases) * (1 + len(pathways) * n_layers),
+        len(cases) * (1 + len(pathways) * n_layers),
+        model.tower_calls - calls,
+    )
     return Result(
         values=(p - clean) * 100.0 / clean, axes=("item", "pathway", "layer"),
         coords={"item": keys, "pathway": list(pathways), "layer": list(range(1, n_layers + 1))},
@@ -166,7 +184,9 @@ def _journal(out: Any, recipe: KnockoutRecipe | None, cancel: Cancel | None) -> 
     if out is None:
         return nullcontext()
     if recipe is None:
-        raise UsageError("a journal needs items that can be named again: videos must be files, prepared by model.prepare")
+        raise UsageError(
+            "a journal needs items that can be named again: videos must be files, prepared by model.prepare"
+        )
     return Run(out, recipe, cancel=cancel)
 
 
@@ -183,7 +203,9 @@ def _row(model: Any, case: _Case, pathway: str, window: int, run: Run | None) ->
 
 def _curve(model: Any, case: _Case, pathway: str, window: int) -> Iterator[float]:
     cut = cut_mask(_map(case.ready), pathway, case.item)
-    if not bool(cut.any()):  # a cut that removes nothing takes the clean path: the same number on every device
+    if not bool(
+        cut.any()
+    ):  # a cut that removes nothing takes the clean path: the same number on every device
         yield from [case.clean] * model.cfg.n_layers
         return
     keep = dense_edges(cut)
@@ -206,13 +228,17 @@ def _case(model: Any, key: str, ready: Ready, item: VideoQA | None, metric: Metr
 
 def _answer_token(model: Any, item: VideoQA | None) -> int:
     if item is None or not item.options or not isinstance(item.answer, int):
-        raise UsageError("metric='answer' needs items with options and the index of the right one; use metric='argmax'")
+        raise UsageError(
+            "metric='answer' needs items with options and the index of the right one; use metric='argmax'"
+        )
     return letter_ids(model.need_tokenizer(), len(item.options))[item.answer]
 
 
-def _map(ready: Ready) -> Any:
+def _map(ready: Ready) -> TokenMap:
     if ready.n_worlds != 1:
-        raise UsageError(f"a knock-out takes one world at a time, got {ready.n_worlds}; prepare them one by one")
+        raise UsageError(
+            f"a knock-out takes one world at a time, got {ready.n_worlds}; prepare them one by one"
+        )
     return ready.tokens
 
 
@@ -234,14 +260,18 @@ def _warn_if_dead(p: Any, clean: Any, pathways: Sequence[str]) -> None:
     """An intervention that changes nothing at all is more often a mistake than a finding."""
     for i, pathway in enumerate(pathways):
         if pathway != "none" and bool((p[:, i] == clean[:, 0]).all()):
-            warnings.warn(f"cutting {pathway!r} changed nothing in any window of any item", LabWarning, stacklevel=4)
+            warnings.warn(
+                f"cutting {pathway!r} changed nothing in any window of any item", LabWarning, stacklevel=4
+            )
 
 
 def _recipe(
     model: Any, ready: Sequence[Ready], pathways: Sequence[str], window: int, metric: Metric, n_frames: int
 ) -> KnockoutRecipe | None:
     """The recipe of a sweep, or None where an item or the model cannot be named again (arrays, wrapped models)."""
-    if not getattr(model, "spec", None) or any(r.item is None or not isinstance(r.item.video, str) for r in ready):
+    if not getattr(model, "spec", None) or any(
+        r.item is None or not isinstance(r.item.video, str) for r in ready
+    ):
         return None
     items = tuple(spec_of(r.item, **r.sampling) for r in ready if r.item is not None)
     return KnockoutRecipe(

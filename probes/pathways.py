@@ -33,7 +33,9 @@ def cut_mask(tokens: TokenMap, pathway: str, item: VideoQA | None = None) -> Boo
         return causal & _cross_frame(tokens)
     keys, arrow, queries = pathway.replace("→", "->").partition("->")
     if not arrow:
-        raise UsageError(f"pathway {pathway!r} is not 'keys->queries' (such as 'video->last') nor {CROSS_FRAME!r}")
+        raise UsageError(
+            f"pathway {pathway!r} is not 'keys->queries' (such as 'video->last') nor {CROSS_FRAME!r}"
+        )
     cut = torch.zeros_like(causal)
     k, q = segment(tokens, keys.strip(), item), segment(tokens, queries.strip(), item)
     cut[q[:, None], k[None, :]] = True
@@ -68,8 +70,14 @@ def _one(tokens: TokenMap, name: str, item: VideoQA | None) -> Tensor:
     if not colon:
         return tokens.where(role=role)
     if role not in ("frame", "option") or not number.isdecimal():
-        raise UsageError(f"segment {name!r}: only frame:N and option:N take a number (0-based); roles: {_known()}")
-    return tokens.where(role=role, frame=int(number)) if role == "frame" else tokens.where(role=role, option=int(number))
+        raise UsageError(
+            f"segment {name!r}: only frame:N and option:N take a number (0-based); roles: {_known()}"
+        )
+    return (
+        tokens.where(role=role, frame=int(number))
+        if role == "frame"
+        else tokens.where(role=role, option=int(number))
+    )
 
 
 def _by_truth(tokens: TokenMap, name: str, item: VideoQA | None) -> Tensor:

@@ -90,8 +90,13 @@ def audio_only(path: Path) -> Path:
 
 
 def no_frames(path: Path) -> Path:
-    """An mp4 whose picture track holds nothing."""
-    return make(path, "mpeg4", 0)
+    """A header that promises pictures, and no picture (mp4 or avi)."""
+    options = {"movflags": "frag_keyframe+empty_moov"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=options) as out:
+        stream: Any = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        out.start_encoding()
+    return path
 
 
 def boxes(data: bytes) -> dict[bytes, tuple[int, int]]:
@@ -123,7 +128,7 @@ def damage(path: Path, start: float, stop: float, seed: int = 0) -> Path:
     """Random bytes over a part (0..1) of the mdat box, or of the whole file."""
     data = bytearray(path.read_bytes())
     first, length = boxes(bytes(data)).get(b"mdat", (0, len(data)))
-    a, b = first + int(length * start), first + int(length * stop)
+    a, b = max(first + 8, first + int(length * start)), first + int(length * stop)
     data[a:b] = np.random.default_rng(seed).integers(0, 256, b - a, np.uint8).tobytes()
     path.write_bytes(bytes(data))
     return path

@@ -190,7 +190,7 @@ def test_patchified_without_a_preprocessor_keep_the_published_budget() -> None:
 def test_wrong_preprocessor_is_refused() -> None:
     wrong = replace(tiny.preprocessor("llava_onevision"), size={"height": 32, "width": 32})
     for name in ("llava_onevision", "llava_next_video", "internvl"):
-        with pytest.raises(PromptError, match="32 x 32.*24 x 24"):
+        with pytest.raises(ModelError, match="32 x 32.*24 x 24"):
             find(tiny.config(name)).pixels(tiny.clip(2), tiny.config(name), wrong)
 
 
@@ -286,6 +286,21 @@ def test_video_is_written_as_the_processor_writes_it(name: str, frames: int) -> 
     want = processor_text(name, clip, x)
     # Qwen2.5-VL: the marks are the chat template's, not the processor's
     assert got == (f"<|vision_start|>{want}<|vision_end|>" if name == "qwen2_5_vl" else want)
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_whole_prompt_is_the_processors(name: str) -> None:
+    """Template rendered, video expanded by transformers' processor, tokenised: the ids of `lay_out`."""
+    tokenizer, clip, config = tiny.tokenizer(name, TEMPLATES[name]), frames_of(name), tiny.config(name)
+    family, (x, grid) = find(config), find(config).pixels(clip, config, tiny.preprocessor(name))
+    video = family.video_spans(clip, grid)
+    spans = family.turn_for(tokenizer, video, question_spans(MOVE), [])
+    ids, _ = lay_out(spans, grid, tokenizer, family.placeholder(config))
+    text = tokenizer.apply_chat_template(messages(), tokenize=False, add_generation_prompt=True)
+    # Qwen3-VL as released: the template's marks go with the placeholder (transformers 5.10 and later keep them)
+    mark = {"qwen2_5_vl": "<|video_pad|>"}.get(name, WRITTEN.get(name, "<video>"))
+    want = text.replace(mark, processor_text(name, clip, x))
+    assert ids[0].tolist() == tokenizer(want)["input_ids"]
 
 
 def test_clock() -> None:

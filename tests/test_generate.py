@@ -45,7 +45,9 @@ def test_stops_at_the_stop_token_and_pads(wrapped):
 def test_sampling_is_seeded(wrapped):
     model = wrapped("llava_onevision")
     ready = model.prepare_inputs(**inputs("llava_onevision"))
-    draw = lambda seed, **kw: model.generate(ready, do_sample=True, seed=seed, max_new_tokens=12, stop=[], **kw).ids  # noqa: E731
+    draw = lambda seed, **kw: (
+        model.generate(ready, do_sample=True, seed=seed, max_new_tokens=12, stop=[], **kw).ids
+    )  # noqa: E731
     assert torch.equal(draw(1), draw(1))
     assert any(not torch.equal(draw(1), draw(s)) for s in (2, 3, 4))
     assert torch.equal(draw(5, top_k=1), model.generate(ready, max_new_tokens=12, stop=[]).ids)
@@ -55,7 +57,10 @@ def test_callback_streams_every_step(wrapped):
     model = wrapped("qwen3_vl")
     seen = []
     out = model.generate(
-        model.prepare_inputs(**inputs("qwen3_vl", worlds=2)), max_new_tokens=5, stop=[], callback=lambda ids, text: seen.append(ids)
+        model.prepare_inputs(**inputs("qwen3_vl", worlds=2)),
+        max_new_tokens=5,
+        stop=[],
+        callback=lambda ids, text: seen.append(ids),
     )
     assert torch.tensor(seen).T.tolist() == out.ids.tolist()
 

@@ -24,6 +24,7 @@ ALL = (*FAMILIES, *UNKNOWN)
 HEAD, HEADS, KV, WIDTH = 1, 4, 2, 64
 LAYER = 3  # a softmax layer in every family, the hybrid one too
 TOL = 1e-5
+STEP_TOL = {"qwen3_5": 1e-4}  # its linear layers run transformers' recurrent kernel in cached steps, a chunked one in whole prompts
 SCORES = f"blocks.{LAYER}.attn.hook_attn_scores"
 PATTERN = f"blocks.{LAYER}.attn.hook_pattern"
 NEW = 4  # generated tokens
@@ -172,13 +173,13 @@ def test_cut_in_cached_generation_equals_recomputing_every_step(name: str, world
     with model.hooks(fwd_hooks=[(SCORES, spy), last]):
         hooked = model.generate(ready, max_new_tokens=NEW, stop=[PAD], return_ids=True)[1]
     assert hooked.tolist() == want_ids.tolist()
-    assert away(torch.stack(seen, 1), want) <= TOL
+    assert away(torch.stack(seen, 1), want) <= STEP_TOL.get(name, TOL)
     assert shapes == [(worlds, HEADS, n, n)] + [(worlds, HEADS, 1, n + i) for i in range(1, NEW)]
     seen.clear()
     with model.hooks(fwd_hooks=[last]):
         cut = model.generate(ready, max_new_tokens=NEW, stop=[PAD], edges=cutting_edges(n), return_ids=True)[1]
     assert cut.tolist() == want_ids.tolist()
-    assert away(torch.stack(seen, 1), want) <= TOL
+    assert away(torch.stack(seen, 1), want) <= STEP_TOL.get(name, TOL)
 
 
 @EACH
@@ -490,3 +491,12 @@ def test_layers_without_softmax_attention() -> None:
             model(ready, **ask)
     with pytest.raises(UsageError, match=r"no softmax attention"):
         model.run_with_hooks(ready, fwd_hooks=[("blocks.0.attn.hook_attn_scores", lambda value, hook: value)])
+
+
+def test_plain_torch_hooks_before_the_door_are_seen_by_prepared_inputs() -> None:
+    model, ready = wrap(build("internvl")), ready_of("internvl")
+    clean = model(ready, read="all")
+    handle = model.family.connector(model.hf).register_forward_hook(lambda module, args, output: output * 0.0)
+    assert away(model(ready, read="all"), clean) > 1e-2
+    handle.remove()
+    assert away(model(ready, read="all"), clean) == 0.0

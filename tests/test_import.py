@@ -83,22 +83,3 @@ def test_a_wrong_name_offers_the_closest() -> None:
 
     with pytest.raises(AttributeError, match="closest: load"):
         lab.laod  # type: ignore[attr-defined]  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "lab.errors",
-        "lab.spans",
-        "lab.result",
-        "lab.recipe",
-        "lab.cli.main",
-        "lab.view.draw",
-        "lab.view.report",
-    ],
-)
-def test_light_modules_load_no_torch(module: str) -> None:
-    out = fresh(
-        f"import {module}\nout = {{'torch': 'torch' in sys.modules, 'save': hasattr(object(), 'save')}}"
-    )
-    assert out == {"torch": False, "save": False}

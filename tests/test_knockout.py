@@ -29,12 +29,16 @@ def test_cutting_nothing_is_the_baseline(name, wrapped):
 def test_an_all_true_mask_is_the_clean_run(name, wrapped):
     model = wrapped(name)
     ready = model.prepare_inputs(**inputs(name))
-    everything = dict.fromkeys(range(model.cfg.n_layers), lambda q, k: torch.ones(len(q), len(k), dtype=torch.bool))
+    everything = dict.fromkeys(
+        range(model.cfg.n_layers), lambda q, k: torch.ones(len(q), len(k), dtype=torch.bool)
+    )
     with torch.no_grad():
         assert torch.equal(model(ready, read="all", edges=everything), model(ready, read="all"))
 
 
-@pytest.mark.parametrize("pathway", ["cross-frame", "video->text", "video->last", "text->last", "last->last", "frame:1->last"])
+@pytest.mark.parametrize(
+    "pathway", ["cross-frame", "video->text", "video->last", "text->last", "last->last", "frame:1->last"]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_against_an_independent_masked_eager_forward(name, pathway, plain, wrapped):
     """transformers' own eager attention, its mask overwritten layer by layer by a pre-hook on self_attn."""
@@ -131,11 +135,19 @@ def test_a_cut_without_effect_warns(wrapped):
 def test_worlds_and_windows_are_checked(wrapped):
     model = wrapped("internvl")
     with pytest.raises(UsageError, match="2"):
-        knockout(model, model.prepare_inputs(**inputs("internvl", worlds=2)), ["video->last"], show_progress=False)
+        knockout(
+            model, model.prepare_inputs(**inputs("internvl", worlds=2)), ["video->last"], show_progress=False
+        )
     with pytest.raises(UsageError, match="window"):
         knockout(model, model.prepare_inputs(**inputs("internvl")), ["video->last"], window=0)
     with pytest.raises(UsageError, match="option"):
-        knockout(model, model.prepare_inputs(**inputs("internvl")), ["video->last"], metric="answer", show_progress=False)
+        knockout(
+            model,
+            model.prepare_inputs(**inputs("internvl")),
+            ["video->last"],
+            metric="answer",
+            show_progress=False,
+        )
 
 
 def test_a_cancelled_sweep_leaves_the_model_clean(wrapped):
@@ -153,6 +165,17 @@ def test_a_cancelled_sweep_leaves_the_model_clean(wrapped):
 
 def test_hybrid_decoders_are_cut_where_they_have_edges(wrapped):
     model = wrapped("qwen3_5")
-    result = knockout(model, model.prepare_inputs(**inputs("qwen3_5")), ["video->last"], window=1, show_progress=False)
+    result = knockout(
+        model, model.prepare_inputs(**inputs("qwen3_5")), ["video->last"], window=1, show_progress=False
+    )
     without = [i - 1 for i in result.notes["no_edges"]]
     assert without and (result.values[0, 0, without] == 0).all() and np.abs(result.values).max() > 0
+
+
+def test_the_usual_pathways_fit_the_prompt(wrapped):
+    """Without roles for the question: the portable ones; no cross-frame curve for one frame."""
+    model = wrapped("internvl")
+    result = knockout(model, model.prepare_inputs(**inputs("internvl")), window=2, show_progress=False)
+    assert result.coords["pathway"] == ["cross-frame", "video->text", "video->last", "text->last", "last->last"]
+    one = knockout(model, model.prepare_inputs(**inputs("internvl", frames=1)), window=2, show_progress=False)
+    assert one.coords["pathway"] == ["video->text", "video->last", "text->last", "last->last"]

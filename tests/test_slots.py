@@ -74,13 +74,21 @@ def question(model, name):
     from lab.carriers import Frames
 
     ready = model.prepare_inputs(**inputs(name))
-    frames = Frames(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(3.0), torch.arange(3), 1.0, 3.0, "test")
+    frames = Frames(
+        torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(3.0), torch.arange(3), 1.0, 3.0, "test"
+    )
     return replace(ready, item=VideoQA(frames, "?"), frames=frames)
 
 
 def test_fillings_are_what_the_protocols_ask():
-    assert isinstance(SameStage(), Stage) and isinstance(SameDetour(), Detour) and isinstance(MeanHead(), Head)
-    assert isinstance(KVCache(), Cache) and isinstance(Filling(), Mechanism) and isinstance(lambda i, f, v: [], Layout)
+    assert (
+        isinstance(SameStage(), Stage) and isinstance(SameDetour(), Detour) and isinstance(MeanHead(), Head)
+    )
+    assert (
+        isinstance(KVCache(), Cache)
+        and isinstance(Filling(), Mechanism)
+        and isinstance(lambda i, f, v: [], Layout)
+    )
 
 
 def test_plans_add_and_name_what_clashes():
@@ -96,7 +104,12 @@ def test_neutral_fillings_change_nothing(name, wrapped):
     ready = question(model, name)
     with torch.no_grad():
         clean = model(ready, read="all")
-        for plan in (Plan(detours=(SameDetour(), SameDetour())), Plan(cache=KVCache), Plan(stages=(SameStage(),)), Plan(heads=(MeanHead(),))):
+        for plan in (
+            Plan(detours=(SameDetour(), SameDetour())),
+            Plan(cache=KVCache),
+            Plan(stages=(SameStage(),)),
+            Plan(heads=(MeanHead(),)),
+        ):
             out = model.run(ready, read="all", mechanisms=[Filling(plan)])
             assert torch.equal(out.logits, clean), plan
     assert out.heads["mean"].shape == (1,)
@@ -149,7 +162,9 @@ def test_routing_equals_hiding_unrouted_keys(name, batch, wrapped):
             value[:, others] = saved[hook.layer()][:, others]
             return value
 
-        hooks = [(f"blocks.{i}.hook_resid_pre", remember) for i in odd] + [(f"blocks.{i}.hook_resid_post", restore) for i in odd]
+        hooks = [(f"blocks.{i}.hook_resid_pre", remember) for i in odd] + [
+            (f"blocks.{i}.hook_resid_post", restore) for i in odd
+        ]
         oracle = model.run_with_hooks(ready, fwd_hooks=hooks, read="all", edges=dict.fromkeys(odd, keep))
         clean = model(ready, read="all")
     real = ready.inputs["attention_mask"].bool()
@@ -202,7 +217,10 @@ def test_a_shortening_detour(name, wrapped):
 def test_stages_over_processor_batches_are_refused(wrapped):
     model = wrapped("internvl")
     with pytest.raises(RunError, match="2 worlds"):
-        model.run(model.prepare_inputs(**inputs("internvl", worlds=2)), mechanisms=[Filling(Plan(stages=(SameStage(),)))])
+        model.run(
+            model.prepare_inputs(**inputs("internvl", worlds=2)),
+            mechanisms=[Filling(Plan(stages=(SameStage(),)))],
+        )
 
 
 def test_hooks_of_a_plan(wrapped):

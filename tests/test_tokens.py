@@ -6,15 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from lab.carriers import Frames, TokenMap, VideoQA
 from lab.errors import PromptError
 from lab.model.families.base import Family, find
 from lab.model.token_maps import token_maps
 from lab.prompt import answer_spans, lay_out, question_spans
-from lab.spans import ROLES
+from lab.spans import ROLES, Span
 from tests import families as tiny
 
 ALL = [*tiny.FAMILIES, *tiny.UNKNOWN]
@@ -393,6 +395,68 @@ def test_occlusion_in_a_left_padded_world() -> None:
     pixels[1, 2, :, 8:16, 16:24] += 1.0
     moved = (at_door(hf, {**x, "pixel_values_videos": pixels}) - at_door(hf, x)).abs().amax(-1) > 1e-6
     assert moved.nonzero().tolist() == [[1, int(tokens.where(frame=2, row=1, col=2))]]
+
+
+# ---- laying out -----------------------------------------------------------------------------------------------------
+
+
+def llama_like(scheme: str) -> Any:
+    """A tokenizer with sentencepiece's prefix space: before everything, before each text, or as old files have it."""
+    words = ["<unk>", "<s>", "\u2581", "\n", "\u2581U", *map(chr, range(33, 127))]
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE({w: i for i, w in enumerate(words)}, [("\u2581", "U")], unk_token="<unk>")
+    )
+    if scheme == "legacy":
+        steps = [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+        inner.normalizer = tokenizers.normalizers.Sequence(steps)
+    else:
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+            "\u2581", prepend_scheme=scheme, split=False
+        )
+    special = [tokenizers.AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "<video>")]
+    inner.add_special_tokens(special)
+    add_bos = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    inner.post_processor = add_bos
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>")
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "legacy"])
+def test_prefix_space_as_in_one_string(scheme: str) -> None:
+    """Prompts are tokenised as processors do: whole, placeholders in place, bos by the tokenizer."""
+    tokenizer, config, clip = (
+        llama_like(scheme),
+        tiny.config("llava_next_video"),
+        clip_of("llava_next_video", 2),
+    )
+    family, placeholder = find(config), tokenizer.convert_tokens_to_ids("<video>")
+    _, grid = family.pixels(clip, config, tiny.preprocessor("llava_next_video"))
+    spans = family.turn(family.video_spans(clip, grid), question_spans(MOVE), answer_spans(MOVE))
+    ids, tokens = lay_out(spans, grid, tokenizer, placeholder)
+    text = "".join(s.text if s.rows is None else "<video>" * 9 for s in spans)
+    assert ids[0].tolist() == tokenizer(text.removeprefix("<s>"))["input_ids"]
+    assert len(tokens.where(role="frame")) == 18
+    assert tokens.where(role="bos").tolist() == [0]
+
+
+def test_text_that_spells_the_placeholder() -> None:
+    family, config, clip = find(tiny.config("qwen3_vl")), tiny.config("qwen3_vl"), clip_of("qwen3_vl")
+    _, grid = family.pixels(clip, config, tiny.preprocessor("qwen3_vl"))
+    spans = family.turn(family.video_spans(clip, grid), [Span("question", "Is <|video_pad|> here?")], [])
+    with pytest.raises(PromptError, match="spells the model's video placeholder"):
+        lay_out(spans, grid, tiny.tokenizer("qwen3_vl"), tiny.VIDEO)
+
+
+def test_tokenizer_of_another_model() -> None:
+    """Its vocabulary has no such special token: the placeholder falls apart."""
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "a": 1, "vid": 2}, unk_token="<unk>")
+    )
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("i", "isolated")
+    other = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    config, clip = tiny.config("llava_next_video"), clip_of("llava_next_video", 1)
+    _, grid = find(config).pixels(clip, config, tiny.preprocessor("llava_next_video"))
+    with pytest.raises(PromptError, match="3 tokens of the video placeholder 'vid'"):
+        lay_out(find(config).video_spans(clip, grid), grid, other, 2)
 
 
 # ---- two ways to one map --------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def rerun(
 def tokens(
     video: Video, question: Question, option: Option = None, model: Model = "tiny", frames: Frames = None,
     fps: Fps = None,
-    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="Draw the map to this .png too.")] = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="Draw the map too (.png, .svg, .pdf).")] = None,
     every: Annotated[bool, typer.Option("--all", help="One line for every position, not for every run of equal role.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip

@@ -11,14 +11,10 @@ import numpy as np
 
 from lab.cli.asking import Setting
 from lab.cli.output import Reply, table
-from lab.errors import UsageError
-from lab.result import Result
 from lab.spans import KINDS, ROLES
 
 if TYPE_CHECKING:
     from lab.carriers import TokenMap, VideoQA
-
-WIDTH = 64  # positions in one row of the picture
 
 
 def show_tokens(item: VideoQA, setting: Setting, every: bool, out: str | None) -> Reply:
@@ -35,7 +31,11 @@ def show_tokens(item: VideoQA, setting: Setting, every: bool, out: str | None) -
     head = head if every else ("positions", "count", "role", "kind", "frame", "option", "seconds", "text")
     text = [table(head, lines), "", _summary(tokens)]
     if out is not None:
-        text.append(str(_draw(tokens, Path(out))))
+        from lab.cli.token_picture import draw_tokens
+
+        text.append(
+            str(draw_tokens(rows, Path(out), f"{len(rows)} positions in reading order: {item.question}"))
+        )
     return Reply({"model": setting.model, "positions": rows}, "\n".join(text))
 
 
@@ -82,25 +82,3 @@ def _summary(tokens: TokenMap) -> str:
     counts = np.bincount(tokens.role.numpy(), minlength=len(ROLES))
     parts = [f"{n} {role}" for role, n in zip(ROLES, counts.tolist(), strict=True) if n]
     return f"{len(tokens)} positions: {', '.join(parts)}"
-
-
-def _draw(tokens: TokenMap, path: Path) -> Path:
-    from lab.view.draw import save
-
-    if path.suffix.lower() not in (".png", ".svg", ".pdf", ".html"):
-        raise UsageError(f"--out {path}: end the name in .png, .svg, .pdf or .html")
-    return save(picture(tokens), path, kind="heat")
-
-
-def picture(tokens: TokenMap) -> Result:
-    """The map as a Result: positions in reading order, in rows of up to 64; the value is the role's place in the list."""
-    width = min(WIDTH, len(tokens))
-    n_rows = -(-len(tokens) // width)
-    values = np.full(n_rows * width, np.nan)
-    values[: len(tokens)] = tokens.role.numpy()
-    present = sorted(set(tokens.role.tolist()))
-    return Result(
-        values.reshape(n_rows, width), ("from position", "pos"),
-        {"from position": [f"{i * width}" for i in range(n_rows)], "pos": list(range(width))},
-        unit=", ".join(f"{i} {ROLES[i]}" for i in present), recipe={}, name="What every position is",
-    )  # fmt: skip

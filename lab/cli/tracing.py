@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lab.cli.asking import Setting, choice, choice_text
 from lab.cli.output import Reply
 from lab.errors import UsageError
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from probes.knockout import KnockoutRecipe
 
 CLIPS = Path(__file__).parents[1] / "data" / "clips"
+NOTEWORTHY = 5  # percent; smaller changes are not worth a sentence
 WINDOW = 9  # the paper's, for models of 28 layers and more
 
 
@@ -38,8 +41,6 @@ def demonstrate(out: str) -> Reply:
 
 def trace(item: VideoQA, setting: Setting, pathways: Sequence[str], window: int | None, out: str) -> Reply:
     """Answer, knock-out profile, report, picture and recipe in folder `out`."""
-    from lab.view.draw import figure_spec
-
     folder = _folder(out)
     model = setting.load()
     ready = model.prepare(item, **setting.sampling())
@@ -47,7 +48,7 @@ def trace(item: VideoQA, setting: Setting, pathways: Sequence[str], window: int 
     recipe = _recipe(model, item, ready, setting, pathways, window, folder)
     results = recipe.run(progress=True, model=model)
     files = _write(recipe, results, item, setting, ready, found, folder)
-    reading = str(figure_spec(results[0]).reading)
+    reading = sentence(results[0], recipe.window, model.cfg.n_layers)
     data = {
         **(choice(found, item) if found.letter else {"answer": found.text}),
         "reading": reading,
@@ -112,6 +113,29 @@ def _recipe(
         window=window or window_for(model.cfg.n_layers),
     )  # fmt: skip
     return recipe.at(folder)
+
+
+def sentence(profile: Result, window: int, n_layers: int) -> str:
+    """What a knock-out profile (item, pathway, layer) says, in one sentence."""
+    change = np.nan_to_num(profile.values.mean(axis=profile.axes.index("item")))
+    names: list[str] = profile.coords["pathway"]
+    lows, row = change.min(1), int(change.min(1).argmin())
+    if lows[row] > -NOTEWORTHY:
+        return f"No pathway alone carries the answer: cutting any of them lowers its probability by less than {NOTEWORTHY} %."
+    layers = layers_of(int(change[row].argmin()), window, n_layers)
+    quiet = [n for n, values in zip(names, change, strict=True) if abs(values).max() < NOTEWORTHY]
+    rest = f"; cutting {_listed(quiet)} changes next to nothing" if quiet else ""
+    return f"The answer depends most on {names[row]}: cut in {layers}, its probability falls by {-lows[row]:.0f} %{rest}."
+
+
+def layers_of(centre: int, window: int, n_layers: int) -> str:
+    """The layers cut round a centre (0-based), as people count them."""
+    first, last = max(0, centre - window // 2) + 1, min(n_layers, centre + (window + 1) // 2)
+    return f"layer {first}" if first == last else f"layers {first}-{last}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def window_for(n_layers: int) -> int:

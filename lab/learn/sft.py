@@ -182,7 +182,9 @@ class Trainer:
         now = self.progress
         if now.step == 200:
             left = sum(s.steps for s in self.stages) - now.step
-            print(f"at most {left} steps left, about {left * now.seconds / now.step / 60:.0f} minutes at this pace")
+            print(
+                f"at most {left} steps left, about {left * now.seconds / now.step / 60:.0f} minutes at this pace"
+            )
         if now.step % 50 == 0:
             self._write({"stage": stage.name, **{k: round(v, 4) for k, v in now.means.items()}})
         if now.step % self.check_every == 0:
@@ -191,7 +193,9 @@ class Trainer:
     def _next(self, why: str) -> None:
         now = self.progress
         name = self.stages[now.stage].name
-        self._write({"stage": name, "ends": why, "stage_steps": now.stage_step, "held_out": self.check(self.hf)})
+        self._write(
+            {"stage": name, "ends": why, "stage_steps": now.stage_step, "held_out": self.check(self.hf)}
+        )
         now.stage, now.stage_step, now.means = now.stage + 1, 0, {}
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -220,7 +224,11 @@ class Trainer:
         tensors = load_file(path)
         for name, p in self.hf.named_parameters():
             p.data.copy_(tensors[f"weight/{name}"])
-            state = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors}
+            state = {
+                k: tensors[f"{k}/{name}"]
+                for k in ("step", "exp_avg", "exp_avg_sq")
+                if f"{k}/{name}" in tensors
+            }
             if state:
                 self.optimiser.state[p] = state
         with safe_open(path, "pt") as file:

@@ -1,255 +1,28 @@
 """Trains `tiny`, the bundled model: a small LLaVA-OneVision that says which way a shape moves.
 
-    python -m lab.learn.tiny --out runs/tiny           # about an hour on one core
-    python -m lab.learn.tiny --out runs/tiny --resume
+    python -m lab.learn.tiny --out runs/tiny             # about an hour on one core
+    python -m lab.learn.tiny --out runs/tiny --resume    # continue after an interruption
 
 Stages, each ended by a number: the video first, with the answer word supervised at the `?`; then matching a word to its
 letter in text alone, short form before final form; then letters on video. Shuffled option order throughout.
+The finished checkpoint with `training.json` lies in OUT/model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
-from lab.carriers import LETTERS, VideoGrid, VideoQA
 from lab.learn import vocabulary
-from lab.learn.sft import Batch, Part, Stage, Trainer, pack
-from lab.prompt import answer_spans, lay_out, question_spans
-from lab.sim.moving import DIRECTIONS, direction, draw_scene, items
-from lab.sim.shapes import COLOURS, SHAPES, SIDE, Scene, render
-from lab.spans import Span
-
-FRAMES, PIXELS, GRID = 8, 32, 4
-VIDEO = FRAMES * GRID * GRID + 1  # and image_newline
-STEMS: tuple[str, ...] = (
-    "Which way does the {0} {1} move?",
-    "Which way does the {1} move?",
-    "Which direction does the {0} {1} move?",
-    "Which way does the object move?",
-    "Which way does it move?",
-    "In which direction does the {1} move?",
-    "Where does the {0} {1} go?",
-    "In what direction is the {0} {1} moving?",
-    "Which way is the {1} going?",
-)
-
-
-def config() -> Any:
-    """LLaVA-OneVision: SigLIP-style tower (2 layers), Qwen2 decoder (8 layers, 4 heads on 2 key/value heads)."""
-    from transformers import LlavaOnevisionConfig
-
-    ids = vocabulary.vocabulary()
-    tower = {
-        "model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "image_size": PIXELS, "patch_size": 4, "vision_use_head": False,
-    }  # fmt: skip
-    text = {
-        "model_type": "qwen2", "vocab_size": len(ids), "hidden_size": 128, "intermediate_size": 256,
-        "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-        "rope_theta": 10000.0, "initializer_range": 0.05, "tie_word_embeddings": False, "use_sliding_window": False,
-        "bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<pad>"],
-    }  # fmt: skip
-    return LlavaOnevisionConfig(
-        vision_config=tower, text_config=text, image_token_index=ids["<image>"], video_token_index=ids["<video>"],
-        vision_feature_layer=-1, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_9",
-        image_grid_pinpoints=[[PIXELS, PIXELS]], tie_word_embeddings=False,
-    )  # fmt: skip
-
-
-def start(hf: Any) -> None:
-    """Initial weights that let small differences between patches through.
-
-    With the default ones the background's brightness, the same in every patch, is ten times larger than what tells
-    patches apart, and the direction stays at chance for hundreds of steps.
-    """
-    tower, projector = hf.model.vision_tower, hf.model.multi_modal_projector
-    with torch.no_grad():
-        tower.embeddings.position_embedding.weight.normal_(0, 0.5)
-        for linear in (projector.linear_1, projector.linear_2):
-            linear.weight.normal_(0, 1.4 * linear.weight.shape[1] ** -0.5)
-        for layer in tower.encoder.layers:
-            layer.self_attn.out_proj.weight.mul_(0.3)
-            layer.mlp.fc2.weight.mul_(0.5)
-
-
-# ---- prompts: the ids the model reads at inference, cut into parts ----
-
-
-def spans(item: VideoQA) -> list[Span]:
-    """The whole prompt of one question, as the llava_onevision family lays it out."""
-    side = GRID * GRID
-    video = [Span("frame", kind="video", rows=(f * side, f * side + side), frame=f) for f in range(FRAMES)]
-    video.append(Span("separator", kind="video", rows=(VIDEO - 1, VIDEO)))
-    user = [Span("template", "<|im_start|>user "), *video, Span("connector", "\n"), *question_spans(item)]
-    return [*user, Span("template", "<|im_end|><|im_start|>assistant\n"), *answer_spans(item)]
-
-
-class Prompts:
-    """Token ids of prompts, through the same `lay_out` that inference uses."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.ids = vocabulary.vocabulary()
-        self.cut = lru_cache(maxsize=None)(self._cut)
-
-    def whole(self, item: VideoQA) -> Tensor:
-        """[1, pos] ids of the whole prompt."""
-        grid = VideoGrid.regular(FRAMES, GRID, GRID, seconds=None, weight=4).plus_newline()
-        return lay_out(spans(item), grid, self.tokenizer, self.ids["<video>"])[0]
-
-    def _cut(self, question: str, options: tuple[str, ...]) -> tuple[list[int], list[int], list[int]]:
-        """Prompt ids as (up to the video's end, question up to its `?`, the rest)."""
-        ids = self.whole(VideoQA("", question, options))[0].tolist()
-        head = max(i for i, t in enumerate(ids) if t == self.ids["<video>"]) + 1
-        ask = ids.index(self.ids["?"]) + 1
-        return ids[:head], ids[head:ask], ids[ask:]
-
-    def word(self, words: list[str]) -> Tensor:
-        """Ids of single words, [n]."""
-        return torch.tensor([self.ids[w] for w in words])
-
-
-# ---- pixels ----
-
-
-def shrink(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pillow's bicubic resize to the tower's size, [frame, h, w, 3] -> [frame, 32, 32, 3]."""
-    size = (PIXELS, PIXELS)
-    return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC)) for f in frames])
-
-
-def to_pixels(clips: NDArray[np.uint8]) -> Tensor:
-    """uint8 [clip, frame, h, w, 3] -> float [clip, frame, 3, h, w] in -1..1."""
-    return torch.from_numpy(clips).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-
-
-def roughen(rng: np.random.Generator, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """What cameras and codecs do: blur, gain and tint, noise that changes from frame to frame."""
-    if rng.random() < 0.3:
-        side = int(rng.integers(20, 60))
-        small = [Image.fromarray(f).resize((side, side), Image.Resampling.BILINEAR) for f in frames]
-        frames = np.stack([np.asarray(s.resize((64, 64), Image.Resampling.BILINEAR)) for s in small])
-    x = shrink(frames).astype(np.float32)
-    x = (x - 128) * rng.uniform(0.8, 1.15) + 128 + rng.uniform(-20, 20) + rng.uniform(-8, 8, 3)
-    if rng.random() < 0.6:
-        x = x + rng.normal(0, rng.uniform(1, 10), x.shape)
-    return x.clip(0, 255).round().astype(np.uint8)
-
-
-def outward(rng: np.random.Generator, frames: int) -> Scene:
-    """An easier scene to begin with: plain, and from the middle outwards, so that the place alone tells the direction."""
-    scene = replace(draw_scene(rng, frames), grain=0)
-    way, middle = direction(scene), SIDE / 2
-    along = np.linspace(0, rng.uniform(14, middle - 1 - scene.radius), frames)
-    along = middle + (along if way in ("right", "down") else -along)
-    across = [float(middle + rng.uniform(-6, 6))] * frames
-    pairs = zip(along, across, strict=True) if way in ("left", "right") else zip(across, along, strict=True)
-    return replace(scene, track=tuple((float(x), float(y)) for x, y in pairs))
-
-
-# ---- batches ----
-
-
-class Batches:
-    """Draws the batches of every stage; step n of seed s is always the same batch."""
-
-    def __init__(self, prompts: Prompts, seed: int) -> None:
-        self.prompts, self.seed = prompts, seed
-
-    def _videos(self, rng: np.random.Generator, n: int, easy: float, rough: float) -> tuple[Tensor, list[Scene]]:
-        scenes = [(outward if rng.random() < easy else draw_scene)(rng, FRAMES) for _ in range(n)]
-        clips = [(roughen(rng, f) if rng.random() < rough else shrink(f)) for f in map(render, scenes)]
-        return to_pixels(np.stack(clips)), scenes
-
-    def _questions(self, rng: np.random.Generator, scenes: list[Scene]) -> list[str]:
-        stem = STEMS[0] if rng.random() < 0.5 else STEMS[rng.integers(len(STEMS))]
-        return [stem.format(s.colour, s.shape) for s in scenes]
-
-    def video(
-        self, step: int, *, worlds: int = 12, lists: int = 0, hints: int = 0, easy: float = 0.0, rough: float = 0.7
-    ) -> Batch:
-        """Clips with the answer word at the `?`, an open answer, and `lists` option lists answered by letter.
-
-        Before `hints` further lists the answer word is written out after the `?`. `easy`: share of clips that move
-        outwards; `rough`: share with blur, tint and noise.
-        """
-        rng = np.random.default_rng((self.seed, 1, step))
-        pixels, scenes = self._videos(rng, worlds, easy, rough)
-        asked = self._questions(rng, scenes)
-        words = self.prompts.word([direction(s) for s in scenes])
-        cuts = [self.prompts.cut(q, DIRECTIONS) for q in asked]
-        parts = [Part(torch.tensor([c[0] for c in cuts]))]
-        stem = torch.tensor([c[1] for c in cuts])
-        parts.append(Part(stem, 0, (("ask", stem.shape[1] - 1, words),)))
-        parts.append(self._open(asked, words))
-        right = [direction(s) for s in scenes]
-        for i in range(lists + hints):
-            parts.append(self._options(rng, right, hint=i >= lists))
-        return pack(parts, pixels)
-
-    def _open(self, asked: list[str], words: Tensor) -> Part:
-        cuts = [self.prompts.cut(q, ()) for q in asked]
-        ids = torch.cat([torch.tensor([c[1] + c[2] for c in cuts]), words[:, None]], dim=1)
-        n, stop = ids.shape[1], torch.full_like(words, self.prompts.ids["<|im_end|>"])
-        return Part(ids, 0, (("open", len(cuts[0][1]) - 1, words), ("open", n - 2, words), ("open", n - 1, stop)))
-
-    def _options(self, rng: np.random.Generator, right: list[str], *, hint: bool, parent: int = 1) -> Part:
-        n = 4 if rng.random() < 0.8 else int(rng.integers(2, 4))
-        orders = [self._order(rng, w, n) for w in right]
-        rows = [self.prompts.cut(STEMS[0], o)[2] for o in orders]
-        letters = self.prompts.word([LETTERS[o.index(w)] for o, w in zip(orders, right, strict=True)])
-        ids = torch.tensor(rows)
-        if hint:
-            ids = torch.cat([self.prompts.word(right)[:, None], ids], dim=1)
-        return Part(ids, parent, (("hint" if hint else "letter", ids.shape[1] - 1, letters),))
-
-    def _order(self, rng: np.random.Generator, right: str, n: int) -> tuple[str, ...]:
-        others = [str(w) for w in rng.permutation([d for d in DIRECTIONS if d != right])][: n - 1]
-        return tuple(str(w) for w in rng.permutation([right, *others]))
-
-    def short(self, step: int, *, worlds: int = 32, asks: int = 8) -> Batch:
-        """Text only: `A left B up C right D down`, then `? up` -> B; several questions to each list."""
-        rng = np.random.default_rng((self.seed, 2, step))
-        orders = [self._order(rng, DIRECTIONS[rng.integers(4)], 4) for _ in range(worlds)]
-        lists = [[x for pair in zip(LETTERS, o, strict=False) for x in pair] for o in orders]
-        parts = [Part(torch.stack([self.prompts.word(x) for x in lists]))]
-        for _ in range(asks):
-            picks = rng.integers(4, size=worlds)
-            ids = torch.stack([self.prompts.word(["?", o[p]]) for o, p in zip(orders, picks, strict=True)])
-            parts.append(Part(ids, 0, (("short", 1, self.prompts.word([LETTERS[p] for p in picks])),)))
-        return pack(parts)
-
-    def final(self, step: int, *, worlds: int = 8, lists: int = 8) -> Batch:
-        """Text only, in the words of the real prompt, the answer word written out after the `?`."""
-        rng = np.random.default_rng((self.seed, 3, step))
-        colours, shapes = list(COLOURS), SHAPES
-        stem = STEMS[0] if rng.random() < 0.5 else STEMS[rng.integers(len(STEMS))]
-        asked = [stem.format(colours[rng.integers(4)], shapes[rng.integers(3)]) for _ in range(worlds)]
-        cuts = [self.prompts.cut(q, DIRECTIONS) for q in asked]
-        parts = [Part(torch.tensor([c[0][:2] + c[1] for c in cuts]))]
-        for _ in range(lists):
-            right = [DIRECTIONS[k] for k in rng.integers(4, size=worlds)]
-            parts.append(self._options(rng, right, hint=True, parent=0))
-        return pack(parts)
-
-    def mixed(self, name: str, every: int, step: int) -> Batch:
-        """A text stage with a video batch in every `every`-th step, so that the video is not forgotten."""
-        return self.video(step, worlds=12) if step % every == 0 else getattr(self, name)(step)
-
-    def letters(self, step: int) -> Batch:
-        """The mix: letters on video, some with the answer word written out; every sixth step text only."""
-        return self.final(step) if step % 6 == 0 else self.video(step, worlds=12, lists=5, hints=1)
+from lab.learn.sft import Stage, Trainer
+from lab.learn.tiny_checks import full_report, held_out
+from lab.learn.tiny_data import Batches, Prompts
+from lab.learn.tiny_model import config, start, write
 
 
 def stages(batches: Batches) -> list[Stage]:
@@ -265,42 +38,13 @@ def stages(batches: Batches) -> list[Stage]:
     ]
 
 
-# ---- held-out numbers ----
-
-
-@torch.no_grad()
-def letters_right(hf: Any, prompts: Prompts, asked: list[VideoQA], clips: NDArray[np.uint8]) -> dict[str, float]:
-    """Share of questions answered right: `letter` (over the whole vocabulary) and `ask` (the word at the `?`).
-
-    clips  uint8 [item, 8, 32, 32, 3]
-    """
-    letter, ask = [], []
-    for i in range(0, len(asked), 64):
-        some = asked[i : i + 64]
-        ids = torch.cat([prompts.whole(item) for item in some])
-        logits = hf(input_ids=ids, pixel_values_videos=to_pixels(clips[i : i + 64]), use_cache=False).logits
-        at = (ids == prompts.ids["?"]).int().argmax(1)
-        words = prompts.word([item.options[int(item.answer or 0)] for item in some])
-        letter.append(logits[:, -1].argmax(-1) == prompts.word([item.letter or "" for item in some]))
-        ask.append(logits[torch.arange(len(some)), at].argmax(-1) == words)
-    return {k: torch.cat(v).float().mean().item() for k, v in (("letter", letter), ("ask", ask))}
-
-
-def held_out(prompts: Prompts, n: int, seed: int) -> Any:
-    """A check for the trainer: letters and `?` on `n` clean clips it never sees."""
-    asked = items(n, seed)
-    clips = np.stack([shrink(item.video) for item in asked])
-    return lambda hf: {k: round(v, 4) for k, v in letters_right(hf, prompts, asked, clips).items()}
-
-
 def train(out: Path, *, seed: int = 0, resume: bool = False) -> Trainer:
     """Run all stages; the trainer holds the model when it is done."""
-    from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
+    from transformers import LlavaOnevisionForConditionalGeneration
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(vocabulary.save(out))
-    prompts = Prompts(tokenizer)
+    prompts = load_prompts(out)
     hf = LlavaOnevisionForConditionalGeneration(config())
     start(hf)
     print(f"{sum(p.numel() for p in hf.parameters()) / 1e6:.2f} M parameters")
@@ -311,15 +55,41 @@ def train(out: Path, *, seed: int = 0, resume: bool = False) -> Trainer:
     return trainer
 
 
+def load_prompts(folder: Path) -> Prompts:
+    """The tokenizer, written to `folder` and read back as users will read it."""
+    from transformers import AutoTokenizer
+
+    return Prompts(AutoTokenizer.from_pretrained(vocabulary.save(folder)))
+
+
+def finish(trainer: Trainer, out: Path, seed: int) -> dict[str, Any]:
+    """Write OUT/model with its numbers in `training.json`."""
+    hf = trainer.hf.eval()
+    model = write(hf, out / "model")
+    report = {
+        "command": f"python -m lab.learn.tiny --out OUT --seed {seed}",
+        "seed": seed,
+        "parameters": sum(p.numel() for p in hf.parameters()),
+        "steps": trainer.progress.step,
+        "seconds": round(trainer.progress.seconds),
+        "torch": torch.__version__,
+        "held_out": {k: round(v, 4) for k, v in full_report(hf, load_prompts(out)).items()},
+    }
+    (model / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Train the bundled model.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for journal, checkpoints and the model"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     args = parser.parse_args()
     trainer = train(args.out, seed=args.seed, resume=args.resume)
-    print(json.dumps(vars(trainer.progress)))
+    print(json.dumps(finish(trainer, args.out, args.seed), indent=2))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,16 +32,18 @@ class LabCache(ActivationCache):
         )
         n = self.model.cfg.n_layers if layer in (None, -1) else layer
         if incl_embeds and mode == "all":
-            parts, labels = self._plus_deepstack(parts, labels, n, pos_slice)
+            parts, labels = self._plus_deepstack(parts, cast("list[str]", labels), n, pos_slice)
         if apply_ln:
             parts = self.apply_ln_to_stack(parts, n, pos_slice=pos_slice, mlp_input=mlp_input)
         return (parts, labels) if return_labels else parts
 
-    def _plus_deepstack(self, parts: Tensor, labels: list[str], n: int, pos_slice: Any) -> tuple[Tensor, list[str]]:
-        from transformer_lens.utilities import Slice
+    def _plus_deepstack(
+        self, parts: Tensor, labels: list[str], n: int, pos_slice: Any
+    ) -> tuple[Tensor, list[str]]:
+        from transformer_lens.utilities.slice import Slice
 
         cut = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        for i in range(min(self.model.cfg.n_deepstack, n)):
+        for i in range(min(self._wrapped.cfg.n_deepstack, n)):
             added = self._after(i) - self[("resid_post", i)]
             parts = torch.cat([parts, cut.apply(added, dim=-2)[None]])
             labels = [*labels, f"{i}_deepstack"]
@@ -56,8 +59,12 @@ class LabCache(ActivationCache):
             self.cache_dict[alias] = self.cache_dict[name]
             self.has_embed = True
 
+    @property
+    def _wrapped(self) -> Any:
+        return self.model
+
     def _no_mixers(self, what: str) -> None:
-        without = [p.index for p in self.model.parts if p.attn is None]
+        without = [p.index for p in self._wrapped.parts if p.attn is None]
         if without:
             raise RunError(
                 f"{what} needs attn_out in every layer; layers {[i + 1 for i in without]} have no softmax attention: "
@@ -72,22 +79,31 @@ class LabCache(ActivationCache):
         """As TransformerLens; directions carry the final norm's gain, so attributions sum to the logit."""
         return super().logit_attrs(residual_stack, tokens, *args, **kwargs)
 
-    def _get_cached_ln_scale(self, layer: Any, mlp_input: bool, pos_slice: Any, batch_slice: Any = None) -> Tensor:
+    def _get_cached_ln_scale(
+        self, layer: Any, mlp_input: bool, pos_slice: Any, batch_slice: Any = None
+    ) -> Tensor:
         if layer not in (None, self.model.cfg.n_layers):
             raise RunError(f"apply_ln is offered at the final norm only (layer=-1), not at layer {layer}")
         if "ln_final.hook_scale" not in self.cache_dict:
-            raise RunError("this cache has no 'ln_final.hook_scale'; add it to names_filter to apply the final norm")
+            raise RunError(
+                "this cache has no 'ln_final.hook_scale'; add it to names_filter to apply the final norm"
+            )
         return super()._get_cached_ln_scale(layer, mlp_input, pos_slice, batch_slice)
 
     def get_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
-        raise RunError("neurons are inside the checkpoint's own MLP and are not cached; use decompose_resid(mode='mlp')")
+        raise RunError(
+            "neurons are inside the checkpoint's own MLP and are not cached; use decompose_resid(mode='mlp')"
+        )
 
     stack_neuron_results = get_neuron_results
     get_full_resid_decomposition = get_neuron_results
 
 
 def wanted(names: Sequence[str], names_filter: NamesFilter) -> list[str]:
-    """Hook names to cache. None = everything but scores and pattern. Raises UsageError if nothing matches."""
+    """Hook names to cache. None = everything but scores and pattern.
+
+    Raises UsageError if nothing matches, or if a listed name does not exist.
+    """
     match names_filter:
         case None:
             chosen = [n for n in names if not n.endswith(LAZY)]
@@ -96,9 +112,15 @@ def wanted(names: Sequence[str], names_filter: NamesFilter) -> list[str]:
         case _ if callable(names_filter):
             chosen = [n for n in names if names_filter(n)]
         case _:
-            chosen = [n for n in names if n in set(names_filter)]
+            asked = list(cast("Sequence[str]", names_filter))
+            for name in set(asked) - set(names):
+                near = difflib.get_close_matches(name, names, n=3)
+                raise UsageError(f"no hook point {name!r}; closest: {', '.join(near) or 'none'}")
+            chosen = [n for n in names if n in asked]
     if not chosen:
-        raise UsageError(f"names_filter {names_filter!r} matches none of {len(names)} hook points; see model.hook_dict")
+        raise UsageError(
+            f"names_filter {names_filter!r} matches none of {len(names)} hook points; see model.hook_dict"
+        )
     return chosen
 
 

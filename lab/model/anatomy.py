@@ -110,7 +110,9 @@ def head(hf: nn.Module) -> nn.Module:
     """The unembedding. Raises ModelError if the model has none."""
     found = cast(Any, hf).get_output_embeddings()
     if found is None:
-        raise ModelError(f"{type(hf).__name__} has no output embeddings; wrap the ...ForConditionalGeneration class")
+        raise ModelError(
+            f"{type(hf).__name__} has no output embeddings; wrap the ...ForConditionalGeneration class"
+        )
     return found
 
 

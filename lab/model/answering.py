@@ -48,7 +48,9 @@ def letter_ids(tokenizer: Any, n: int) -> list[int]:
     for letter in LETTERS[:n]:
         coded = tokenizer(letter, add_special_tokens=False)["input_ids"]
         if len(coded) != 1 or coded[0] in ids or coded[0] == tokenizer.unk_token_id:
-            raise UsageError(f"the tokenizer has no single token for option letter {letter!r}: {coded}; use fewer options")
+            raise UsageError(
+                f"the tokenizer has no single token for option letter {letter!r}: {coded}; use fewer options"
+            )
         ids.append(int(coded[0]))
     return ids
 
@@ -60,14 +62,20 @@ def answer(
 ) -> Answer:  # fmt: skip
     """Answer one prepared question. Raises UsageError for several worlds or a target without tokens."""
     if ready.n_worlds != 1:
-        raise UsageError(f"answer() takes one question, got {ready.n_worlds} worlds; call the model for logits instead")
+        raise UsageError(
+            f"answer() takes one question, got {ready.n_worlds} worlds; call the model for logits instead"
+        )
     item = ready.item
     if target is None and item is not None and not item.options and isinstance(item.answer, str):
         target = item.answer
     probs = model(ready, edges=edges, mechanisms=mechanisms)[0, -1].float().softmax(-1).cpu()
     forced = _teacher_forced(model, ready, target, edges, mechanisms) if target is not None else {}
     if item is None or not item.options:
-        text = str(model.generate(ready, max_new_tokens=max_new_tokens, edges=edges, mechanisms=mechanisms)) if model.tokenizer else ""
+        text = (
+            str(model.generate(ready, max_new_tokens=max_new_tokens, edges=edges, mechanisms=mechanisms))
+            if model.tokenizer
+            else ""
+        )
         return Answer(probs, text=text, **forced)
     letters = probs[torch.tensor(letter_ids(model.need_tokenizer(), len(item.options)))]
     best = int(letters.argmax())
@@ -87,7 +95,9 @@ def _teacher_forced(model: Any, ready: Ready, target: str, edges: Any, mechanism
     return {"target": target, "logprob": float(each.sum()), "token_logprobs": tuple(each.tolist())}
 
 
-def target_logits(model: Any, ready: Ready, ids: Tensor, *, edges: Any = None, mechanisms: Any = ()) -> Tensor:
+def target_logits(
+    model: Any, ready: Ready, ids: Tensor, *, edges: Any = None, mechanisms: Any = ()
+) -> Tensor:
     """Logits [world, target, d_vocab] that predict the target ids [world, target], prompt and target read cached."""
     from lab.model.decoder import decode
 

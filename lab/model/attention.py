@@ -72,7 +72,13 @@ def through_points(call: Call, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
 
 
 def _attend(
-    lab: _LabAttention, call: Call, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kw: dict[str, Any]
+    lab: _LabAttention,
+    call: Call,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kw: dict[str, Any],
 ) -> Tensor:
     points = call.block.attn
     query = swap(points.hook_rot_q(swap(query)))
@@ -111,7 +117,11 @@ def _masked(
     keep, bias = _allowed(call, query, k_order)
     mask = keep if bias is None else bias.masked_fill(~keep, NEG)
     # flash kernels take no mask: such layers fall back to SDPA, which does
-    kernel = ALL_ATTENTION_FUNCTIONS["sdpa"] if "flash" in lab.kernel or "flex" in lab.kernel else lab.plain(module)
+    kernel = (
+        ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if "flash" in lab.kernel or "flex" in lab.kernel
+        else lab.plain(module)
+    )
     z, _ = kernel(module, query, key, value, mask, **{**kw, "is_causal": False})
     if call.parts.index not in call.run.edges:
         return z
@@ -125,7 +135,9 @@ def _explicit(
     """Scores, softmax and values written out, with their HookPoints."""
     for name in ("softcap", "s_aux", "position_bias"):
         if kw.get(name) is not None:
-            raise RunError(f"scores are not available here: this model's attention uses {name}; look at hook_z instead")
+            raise RunError(
+                f"scores are not available here: this model's attention uses {name}; look at hook_z instead"
+            )
     points, groups = call.block.attn, query.shape[1] // key.shape[1]
     keep, bias = _allowed(call, query, k_order)
     keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-
 from lab.errors import RunError
 from lab.model.attention import through_points
 from lab.model.run import CURRENT, Call

@@ -12,7 +12,6 @@ from lab.carriers import TokenMap
 from lab.errors import RunError
 from lab.model.cache import LayerCache
 from lab.model.door import Door
-from lab.model.points import Block
 from lab.model.run import CURRENT, Call, LayerParts, Run
 from lab.side import Side
 from lab.slots import Detour, Step
@@ -23,7 +22,10 @@ class Decoder(Protocol):
 
     blocks: Any
     parts: tuple[LayerParts, ...]
-    rotary: nn.Module
+
+    @property
+    def rotary(self) -> nn.Module: ...
+
     mrope: bool
 
 
@@ -47,7 +49,7 @@ def decode(
     order = torch.arange(start, start + resid.shape[1], device=resid.device)
     side = Side(tokens, order, door.rope, door.pad, door.deep, cache, run)
     for layer in range(len(model.parts)):
-        block: Block = model.blocks[layer]
+        block: Any = model.blocks[layer]
         resid = block.hook_resid_pre(resid)
         resid, side = _wrapped(model, layer, detours)(resid, side)
         resid = block.hook_resid_post(resid)

@@ -46,7 +46,9 @@ class Door:
         (transformers keeps this as module state, `rope_deltas`, which is not safe between runs.)
         """
         if self.rope.ndim == 2:
-            real = self.rope if self.pad is None else self.rope.expand(self.pad.shape).masked_fill(~self.pad, 0)
+            real = (
+                self.rope if self.pad is None else self.rope.expand(self.pad.shape).masked_fill(~self.pad, 0)
+            )
             return real.amax(-1, keepdim=True) + 1
         axes, worlds = self.rope.shape[:2]
         top = self.rope.amax((0, 2)) + 1
@@ -72,7 +74,9 @@ def capture(hf: nn.Module, front: Front, inputs: dict[str, Any]) -> Door:
     finally:
         CURRENT.reset(token)
     if front.arrived is None:
-        raise ModelError(f"{type(hf).__name__} finished without calling its language model; it cannot be wrapped")
+        raise ModelError(
+            f"{type(hf).__name__} finished without calling its language model; it cannot be wrapped"
+        )
     return _door(front.arrived)
 
 

@@ -6,7 +6,7 @@ Greedy ids equal `hf.generate(do_sample=False)`; of a checkpoint's generation co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -88,7 +88,9 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int) ->
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not temperature > 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise UsageError(f"need temperature > 0, 0 < top_p <= 1, top_k >= 0; got {temperature}, {top_p}, {top_k}")
+        raise UsageError(
+            f"need temperature > 0, 0 < top_p <= 1, top_k >= 0; got {temperature}, {top_p}, {top_k}"
+        )
 
 
 def _ends(model: Any, stop: Sequence[int] | None) -> Tensor:
@@ -116,10 +118,22 @@ class _Chooser:
     """Logits [world, d_vocab] -> next ids [world]: the argmax, or a seeded sample through transformers' own warpers."""
 
     def __init__(
-        self, model: Any, ready: Ready, do_sample: bool, temperature: float, top_k: int, top_p: float, seed: int
+        self,
+        model: Any,
+        ready: Ready,
+        do_sample: bool,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
     ) -> None:
-        from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
-        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+        from transformers import (
+            LogitsProcessorList,
+            RepetitionPenaltyLogitsProcessor,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
 
         self.prompt: Tensor = ready.inputs["input_ids"]
         self.process = LogitsProcessorList()
@@ -135,7 +149,7 @@ class _Chooser:
 
     def __call__(self, logits: Tensor, ids: list[Tensor]) -> Tensor:
         so_far = torch.cat([self.prompt.to(logits.device), *(i[:, None] for i in ids)], 1)
-        scores = self.process(so_far, logits.float())
+        scores: Tensor = self.process(cast(Any, so_far), cast(Any, logits.float()))
         if self.generator is None:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)

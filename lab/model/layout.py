@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-
 from lab.carriers import Frames, TokenMap, VisionTokens
 from lab.errors import RunError
 from lab.model.door import Door
@@ -58,16 +57,22 @@ def _through_stages(plan: Plan, frames: Frames, vision: VisionTokens, query: str
         vision = stage(frames, vision, query)
     if vision.x is None or len(vision.x) != len(vision.grid):
         made = "none" if vision.x is None else len(vision.x)
-        raise RunError(f"the stages made {made} vision tokens but a grid of {len(vision.grid)}; both must agree")
+        raise RunError(
+            f"the stages made {made} vision tokens but a grid of {len(vision.grid)}; both must agree"
+        )
     return vision
 
 
-def _shortened(door: Door, tokens: TokenMap, before: VisionTokens, after: VisionTokens) -> tuple[Door, tuple[TokenMap, ...]]:
+def _shortened(
+    door: Door, tokens: TokenMap, before: VisionTokens, after: VisionTokens
+) -> tuple[Door, tuple[TokenMap, ...]]:
     source = after.grid.source
     if len(source) > 1 and not bool((source.diff() > 0).all()):
         raise RunError("the stages reordered vision tokens; a Layout must say where they stand")
     if len(source) and int(source.max()) >= len(before):
-        raise RunError(f"the stages made a token with source {int(source.max())} of {len(before)}; give a Layout")
+        raise RunError(
+            f"the stages made a token with source {int(source.max())} of {len(before)}; give a Layout"
+        )
     video = _video_rows(tokens)
     place = video[source]
     keep = torch.ones(len(tokens), dtype=torch.bool)
@@ -90,11 +95,15 @@ def _remapped(tokens: TokenMap, put: Tensor, after: VisionTokens) -> TokenMap:
     return replace(tokens, **columns)
 
 
-def _written_anew(model: Any, ready: Ready, vision: VisionTokens, plan: Plan) -> tuple[Door, tuple[TokenMap, ...]]:
+def _written_anew(
+    model: Any, ready: Ready, vision: VisionTokens, plan: Plan
+) -> tuple[Door, tuple[TokenMap, ...]]:
     """A Layout's own prompt: text embedded by the checkpoint, vision tokens put where their spans stand."""
     assert plan.layout is not None and ready.item is not None and ready.frames is not None
     if model.mrope or vision.deep:
-        raise RunError("a Layout needs rope positions for its vision tokens; this family (M-RoPE) has none for new prompts")
+        raise RunError(
+            "a Layout needs rope positions for its vision tokens; this family (M-RoPE) has none for new prompts"
+        )
     spans = plan.layout(ready.item, ready.frames, vision)
     placeholder = model.family.placeholder(model.hf.config)
     ids, tokens = lay_out_prompt(spans, vision.grid, model.need_tokenizer(), placeholder)

@@ -22,6 +22,12 @@ class SharedLock:
         self._owner: int | None = None
         self._depth = 0
         self._waiting = 0
+        self._claims = 0
+
+    @property
+    def claimed(self) -> bool:
+        """Whether this thread holds the lock for code that changes modules in its own way (nnsight, captum)."""
+        return self._claims > 0 and self._owner == threading.get_ident()
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -40,12 +46,17 @@ class SharedLock:
                 self._cond.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the lock with nobody beside. Raises RunError if this thread is in the middle of a shared run."""
+    def alone(self, claim: bool = False) -> Iterator[None]:
+        """Hold the lock with nobody beside. Raises RunError if this thread is in the middle of a shared run.
+
+        claim  say so in `claimed` meanwhile
+        """
         me = threading.get_ident()
         with self._cond:
             if self._owner != me and me in self._readers:
-                raise RunError("hooks cannot be opened in the middle of a run; open them before the run starts")
+                raise RunError(
+                    "hooks cannot be opened in the middle of a run; open them before the run starts"
+                )
             self._waiting += 1
             try:
                 self._cond.wait_for(lambda: self._owner in (None, me) and not self._others(me))
@@ -53,11 +64,13 @@ class SharedLock:
                 self._waiting -= 1
             self._owner = me
             self._depth += 1
+            self._claims += claim
         try:
             yield
         finally:
             with self._cond:
                 self._depth -= 1
+                self._claims -= claim
                 if not self._depth:
                     self._owner = None
                 self._cond.notify_all()

@@ -34,7 +34,9 @@ class AttnPoints(Points):
     @property
     def W_O(self) -> Tensor:  # noqa: N802 (TransformerLens's name)
         if self.parts.o is None:
-            raise RunError(f"layer {self.parts.index + 1} has no output projection we know; use hook_attn_out")
+            raise RunError(
+                f"layer {self.parts.index + 1} has no output projection we know; use hook_attn_out"
+            )
         weight: Any = self.parts.o.weight
         return weight.T.reshape(self.parts.n_heads, self.parts.d_head, -1)
 

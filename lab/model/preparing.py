@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 from lab.carriers import VideoQA
 from lab.errors import UsageError
 from lab.model.ready import Ready
@@ -37,9 +36,16 @@ def prepare(
         frames = plan.sampler(frames, item.question)
     family, config = model.family, model.hf.config
     pixels, grid = family.pixels(frames, config, model.preprocessor)
-    spans = family.turn_for(tokenizer, family.video_spans(frames, grid), question_spans(item), answer_spans(item), system)
+    spans = family.turn_for(
+        tokenizer, family.video_spans(frames, grid), question_spans(item), answer_spans(item), system
+    )
     ids, tokens = lay_out(spans, grid, tokenizer, family.placeholder(config))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels, **family.extra_inputs(ids, config)}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        **pixels,
+        **family.extra_inputs(ids, config),
+    }
     asked = {"n_frames": n_frames, "fps": fps, "index": None if index is None else list(index)}
     sampling = {k: v for k, v in asked.items() if v is not None}
     return Ready(inputs, (tokens,), (grid,), item, frames, render(spans), plan, sampling)
@@ -63,7 +69,9 @@ def _check(model: Any, inputs: dict[str, Any]) -> None:
         raise UsageError(f"input_ids are empty: {tuple(ids.shape)}")
     n = model.hf.get_input_embeddings().weight.shape[0]
     if int(ids.min()) < 0 or int(ids.max()) >= n:
-        raise UsageError(f"input_ids reach from {int(ids.min())} to {int(ids.max())}, the model has {n} embeddings")
+        raise UsageError(
+            f"input_ids reach from {int(ids.min())} to {int(ids.max())}, the model has {n} embeddings"
+        )
     mask = inputs.get("attention_mask")
     if mask is not None and tuple(mask.shape) != tuple(ids.shape):
         raise UsageError(f"attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}")
@@ -75,4 +83,6 @@ def _check(model: Any, inputs: dict[str, Any]) -> None:
         )
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise UsageError(f"{name} holds {int((~torch.isfinite(value)).sum())} values that are nan or infinite")
+            raise UsageError(
+                f"{name} holds {int((~torch.isfinite(value)).sum())} values that are nan or infinite"
+            )

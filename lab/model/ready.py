@@ -48,7 +48,9 @@ class Ready:
         """The token map. Worlds of different layout have one each: raises UsageError and names `maps`."""
         first = self.maps[0]
         if any(not _same(first, m) for m in self.maps[1:]):
-            raise UsageError(f"{len(self.maps)} worlds of different layout; use ready.maps[w] for the map of world w")
+            raise UsageError(
+                f"{len(self.maps)} worlds of different layout; use ready.maps[w] for the map of world w"
+            )
         return first
 
 

@@ -111,7 +111,9 @@ def at_door(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         raise AtDoor
 
 
-def enter_attention(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def enter_attention(
+    module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
     """Pre-hook of self-attention: take the Call that was handed to the layer.
 
     Gradient checkpointing runs the layer again after the forward has ended, when the ContextVar is gone; the Call

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from lab.errors import LabError, ModelError
 
-BOUND = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest logit
+BOUND = {
+    torch.float32: 1e-4,
+    torch.float64: 1e-8,
+    torch.bfloat16: 0.05,
+    torch.float16: 0.01,
+}  # of the largest logit
 
 
 def verify(model: Any) -> dict[str, float]:
@@ -23,7 +28,9 @@ def verify(model: Any) -> dict[str, float]:
     try:
         with torch.no_grad():
             plain = model.hf(**{k: v.to(model.device) for k, v in inputs.items()}).logits
-            names = [n for n in model.hook_dict if n.startswith("blocks.") and "resid" in n or n.endswith(_SUMS)]
+            names = [
+                n for n in model.hook_dict if n.startswith("blocks.") and "resid" in n or n.endswith(_SUMS)
+            ]
             ours, cache = model.run_with_cache(ready, names_filter=names, read="all")
     except LabError:
         raise
@@ -41,7 +48,9 @@ def _probe_ids(model: Any) -> Tensor:
     """Eight text ids that are not special."""
     special = {model.family.placeholder(model.hf.config)}
     config = model.hf.config
-    special |= {v for k, v in vars(config).items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
+    special |= {
+        v for k, v in vars(config).items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)
+    }
     rows = model.hf.get_input_embeddings().weight.shape[0]
     plain = [i for i in range(min(rows, 4096)) if i not in special]
     step = max(1, len(plain) // 8)

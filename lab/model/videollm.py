@@ -33,7 +33,19 @@ from lab.model.lock import SharedLock
 from lab.model.points import Block, FinalNorm, Points
 from lab.model.preparing import prepare, prepare_inputs
 from lab.model.ready import Ready
-from lab.model.run import Edges, Front, Run, at_door, attn_out, changed, enter_attention, into, pre_rope, through, watched
+from lab.model.run import (
+    Edges,
+    Front,
+    Run,
+    at_door,
+    attn_out,
+    changed,
+    enter_attention,
+    into,
+    pre_rope,
+    through,
+    watched,
+)
 from lab.side import Side
 from lab.slots import Hook, ModelSizes, Plan, plan_of
 
@@ -60,7 +72,9 @@ class VideoLLM(HookedRootModule):
     tower_calls  how often the vision side ran
     """
 
-    def __init__(self, hf: nn.Module, family: Family, tokenizer: Any = None, preprocessor: Any = None) -> None:
+    def __init__(
+        self, hf: nn.Module, family: Family, tokenizer: Any = None, preprocessor: Any = None
+    ) -> None:
         super().__init__()
         self.hf = hf
         self.family = family
@@ -117,7 +131,11 @@ class VideoLLM(HookedRootModule):
 
     def _set_attention(self, name: str) -> None:
         whole: Any = self.hf.config
-        keep = {s: getattr(whole, s)._attn_implementation for s in whole.sub_configs if getattr(whole, s, None) is not None}
+        keep = {
+            s: getattr(whole, s)._attn_implementation
+            for s in whole.sub_configs
+            if getattr(whole, s, None) is not None
+        }
         cast(Any, self.hf).set_attn_implementation({**keep, "text_config": name})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,7 +200,9 @@ class VideoLLM(HookedRootModule):
     def need_tokenizer(self) -> Any:
         """The tokenizer. Raises UsageError if the model was wrapped without one."""
         if self.tokenizer is None:
-            raise UsageError("this model was wrapped without a tokenizer: pass tokenizer= to lab.wrap, or use prepare_inputs")
+            raise UsageError(
+                "this model was wrapped without a tokenizer: pass tokenizer= to lab.wrap, or use prepare_inputs"
+            )
         return self.tokenizer
 
     # ---- prepare: touches no weights ------------------------------------------------------------------------------
@@ -239,25 +259,32 @@ class VideoLLM(HookedRootModule):
         plan = ready.plan if plan is None else plan
         door = self.see(ready)
         door, maps = lay_out(self, ready, door, plan)
-        return Door(self.embed.hook_out(door.embeds), door.rope, door.pad, door.deep), maps
+        return Door(cast(Any, self.embed).hook_out(door.embeds), door.rope, door.pad, door.deep), maps
 
     def see(self, ready: Ready) -> Door:
         """Run the vision side, or take what an earlier run of this `ready` saw.
 
-        Kept only without gradients, in eval mode, with nothing hooked before the door, and while the weights are the
-        same tensors at the same version (edits through `.data` do not count versions: call `ready.memo.clear()`).
+        Kept only without gradients, in eval mode, with nothing hooked before the door, outside `model.alone()`, and
+        while the weights are the same tensors at the same version under the same torch hooks (edits through `.data`
+        do not count versions: call `ready.memo.clear()`).
         """
         front = self._front()
-        keep = not torch.is_grad_enabled() and not self.hf.training and not watched(*front.after.values(), *front.before.values())
+        keep = (
+            not torch.is_grad_enabled()
+            and not self.hf.training
+            and not watched(*front.after.values(), *front.before.values())
+            and not self.lock.claimed
+        )
         key = self._front_version() if keep else None
         if keep and ready.memo.get("key") == key:
-            return _guarded(ready.memo["door"], self._hooked())
+            return _copied(ready.memo["door"])
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in ready.inputs.items()}
         self.tower_calls += 1
         door = capture(self.hf, front, inputs)
-        if keep:
-            ready.memo.update(key=key, door=door)
-        return _guarded(door, self._hooked())
+        if not keep:
+            return door
+        ready.memo.update(key=key, door=door)
+        return _copied(door)
 
     def _front(self) -> Front:
         tower = self.family.tower_layers(self.hf)
@@ -271,13 +298,21 @@ class VideoLLM(HookedRootModule):
 
     def _front_version(self) -> int:
         layers = {id(p) for p in cast(Any, self.lm).layers.parameters()}
-        return hash(tuple((p.data_ptr(), p._version) for p in self.hf.parameters() if id(p) not in layers))
+        weights = tuple((p.data_ptr(), p._version) for p in self.hf.parameters() if id(p) not in layers)
+        hooks = tuple(h for m in self.hf.modules() for h in (*m._forward_pre_hooks, *m._forward_hooks))
+        return hash((weights, hooks))
 
     def _hooked(self) -> bool:
         return any(watched(p) for p in self.hook_dict.values())
 
     def stream(
-        self, door: Door, run: Run, *, plan: Plan | None = None, tokens: tuple[Any, ...] = (), chunk: int | None = None
+        self,
+        door: Door,
+        run: Run,
+        *,
+        plan: Plan | None = None,
+        tokens: tuple[Any, ...] = (),
+        chunk: int | None = None,
     ) -> tuple[Tensor, Side]:
         """Decode: the residual stream after the last layer, [world, pos, d_model], and its side."""
         plan = plan or Plan()
@@ -301,11 +336,15 @@ class VideoLLM(HookedRootModule):
         if size < 1:
             raise UsageError(f"chunk must be at least 1 position, got {chunk}")
         if size < n and self._hooked():
-            raise RunError("hooks see whole prompts, chunked prefill runs pieces; drop chunk=, or close the hooks")
+            raise RunError(
+                "hooks see whole prompts, chunked prefill runs pieces; drop chunk=, or close the hooks"
+            )
         detours = () if plan is None else plan.detours
         out: tuple[Tensor, Side] | None = None
         for start in range(0, n, size):
-            out = decode(self, door.rows(start, min(start + size, n)), run, start=start, cache=cache, detours=detours)
+            out = decode(
+                self, door.rows(start, min(start + size, n)), run, start=start, cache=cache, detours=detours
+            )
         if out is None:
             raise UsageError("the prompt is empty")
         return out
@@ -314,7 +353,9 @@ class VideoLLM(HookedRootModule):
         """Final norm and head at the positions read: [world, read, d_vocab]."""
         normed = cast(Any, self.ln_final).hook_normalized(self.ln_final.normalise(resid))
         if chunked and read != "last":
-            raise UsageError("with chunk= only the last position can be read: that is what chunks save memory for")
+            raise UsageError(
+                "with chunk= only the last position can be read: that is what chunks save memory for"
+            )
         return self.unembed(_rows(normed, side, read))
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
@@ -330,13 +371,19 @@ class VideoLLM(HookedRootModule):
         """
         for name, _ in [*fwd_hooks, *bwd_hooks]:
             self._check_name(name)
-        with self.lock.alone(), super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
+        with (
+            self.lock.alone(),
+            super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts),
+        ):
             yield self
 
     @contextmanager
     def alone(self) -> Iterator[VideoLLM]:
-        """Hold the model alone: for captum, nnsight and other code that hooks modules by itself."""
-        with self.lock.alone():
+        """Hold the model alone: for captum, nnsight and other code that hooks modules by itself.
+
+        The vision side runs in every call made inside: what others change there is not seen from here.
+        """
+        with self.lock.alone(claim=True):
             yield self
 
     @contextmanager
@@ -379,7 +426,7 @@ class VideoLLM(HookedRootModule):
     def run_with_cache(
         self, ready: Any, *, names_filter: NamesFilter = None, device: Any = None, remove_batch_dim: bool = False,
         fwd_hooks: Sequence[Hook] = (), **kwargs: Any,
-    ) -> tuple[Tensor, LabCache]:  # fmt: skip
+    ) -> Any:  # fmt: skip
         """Logits and a TransformerLens ActivationCache.
 
         names_filter  None caches everything but scores and pattern (L x L each); name them to have them: the bytes
@@ -407,16 +454,22 @@ class VideoLLM(HookedRootModule):
     def _check_name(self, name: Any) -> None:
         if isinstance(name, str) and name not in self.hook_dict:
             near = difflib.get_close_matches(name, list(self.hook_dict), n=3)
-            without = [p.index for p in self.parts if p.attn is None and name.startswith(f"blocks.{p.index}.attn.")]
+            without = [
+                p.index for p in self.parts if p.attn is None and name.startswith(f"blocks.{p.index}.attn.")
+            ]
             why = "".join(f" (layer {i + 1} has no softmax attention, only mixer.hook_out)" for i in without)
             raise UsageError(f"no hook point {name!r}{why}; closest: {', '.join(near) or 'none'}")
 
     def _check_layers(self, layers: Sequence[int]) -> None:
         for layer in layers:
             if not 0 <= layer < self.cfg.n_layers:
-                raise UsageError(f"no layer {layer + 1} (blocks.{layer}): the model has layers 1..{self.cfg.n_layers}")
+                raise UsageError(
+                    f"no layer {layer + 1} (blocks.{layer}): the model has layers 1..{self.cfg.n_layers}"
+                )
             if self.parts[layer].attn is None:
-                raise RunError(f"layer {layer + 1} (blocks.{layer}) has no softmax attention, so no edges here")
+                raise RunError(
+                    f"layer {layer + 1} (blocks.{layer}) has no softmax attention, so no edges here"
+                )
 
     def _checkpointing(self) -> bool:
         return self.hf.training and any(getattr(p.layer, "gradient_checkpointing", False) for p in self.parts)
@@ -454,7 +507,9 @@ class VideoLLM(HookedRootModule):
             )  # fmt: skip
         return (out, out.ids) if return_ids else out
 
-    def answer(self, item: VideoQA | Ready, *, target: str | None = None, n_frames: int | None = None, **kwargs: Any) -> Answer:
+    def answer(
+        self, item: VideoQA | Ready, *, target: str | None = None, n_frames: int | None = None, **kwargs: Any
+    ) -> Answer:
         """The answer to a question, with its probabilities. See `lab.model.answering`."""
         return answer(self, self._ready(item, n_frames), target=target, **kwargs)
 
@@ -467,9 +522,13 @@ class VideoLLM(HookedRootModule):
             case Mapping():
                 return self.prepare_inputs(**item)
             case Frames():
-                raise UsageError("frames alone ask nothing; put them into VideoQA(video=frames, question=...)")
+                raise UsageError(
+                    "frames alone ask nothing; put them into VideoQA(video=frames, question=...)"
+                )
             case _:
-                raise UsageError(f"expected a VideoQA, a Ready or a processor's tensors, got {type(item).__name__}")
+                raise UsageError(
+                    f"expected a VideoQA, a Ready or a processor's tensors, got {type(item).__name__}"
+                )
 
 
 class _Watch:
@@ -492,9 +551,13 @@ class _Watch:
     def warn(self) -> None:
         name = self.name if isinstance(self.name, str) else "<filter>"
         if not self.fired:
-            warnings.warn(f"the hook on {name} never fired: this run did not pass there", LabWarning, stacklevel=3)
+            warnings.warn(
+                f"the hook on {name} never fired: this run did not pass there", LabWarning, stacklevel=3
+            )
         elif self.replied and not self.effect:
-            warnings.warn(f"the hook on {name} fired {self.fired} times and changed nothing", LabWarning, stacklevel=3)
+            warnings.warn(
+                f"the hook on {name} fired {self.fired} times and changed nothing", LabWarning, stacklevel=3
+            )
 
 
 class _Saver:
@@ -509,10 +572,8 @@ class _Saver:
         self.store[hook.name] = kept[0] if self.squeeze else kept
 
 
-def _guarded(door: Door, hooked: bool) -> Door:
-    """A hook may edit in place; what `ready` keeps must stay clean."""
-    if not hooked:
-        return door
+def _copied(door: Door) -> Door:
+    """Hooks, traces and detours may edit in place; what `ready` keeps must stay clean."""
     return Door(door.embeds.clone(), door.rope, door.pad, tuple(d.clone() for d in door.deep))
 
 
@@ -525,7 +586,9 @@ def _rows(x: Tensor, side: Side, read: Read) -> Tensor:
         if read != "last":
             raise UsageError(f"read={read!r}; use 'last', 'all', or positions")
         return x[:, -1:] if side.pad is None else _last_real(x, side)
-    index = torch.as_tensor([read] if isinstance(read, int) else read, dtype=torch.long, device=x.device).reshape(-1)
+    index = torch.as_tensor(
+        [read] if isinstance(read, int) else read, dtype=torch.long, device=x.device
+    ).reshape(-1)
     if len(index) and not (-n <= int(index.min()) and int(index.max()) < n):
         raise UsageError(f"read positions {index.tolist()} but the sequence has {n}; use 0..{n - 1}")
     return x[:, index]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,12 +34,14 @@ def wrap(hf_model: nn.Module, tokenizer: Any = None, *, preprocessor: Any = None
     if not isinstance(hf_model, nn.Module) or not hasattr(hf_model, "config"):
         raise ModelError(f"expected an instantiated transformers model, got {type(hf_model).__name__}")
     if getattr(hf_model, "_lab_wrapped", False):
-        raise ModelError("this transformers model is wrapped already; use the first wrapper, or a copy of the model")
+        raise ModelError(
+            "this transformers model is wrapped already; use the first wrapper, or a copy of the model"
+        )
     family = find(hf_model.config)
     if isinstance(preprocessor, dict):
         preprocessor = Preprocessor.from_folder(preprocessor)
     model = VideoLLM(hf_model, family, tokenizer, preprocessor)
-    hf_model._lab_wrapped = True
+    cast(Any, hf_model)._lab_wrapped = True
     if not family.model_types:
         verify_model(model)  # nobody wrote a file for this family: prove that the loop is its own
     return model
@@ -113,7 +115,9 @@ def _locate(name: str | Path) -> tuple[str, str]:
         return str(path), str(path)
     looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or path.exists()
     if looks_local:
-        raise ModelError(f"no checkpoint at {text!r}: give 'tiny', a folder with config.json, or a hub id like 'owner/name'")
+        raise ModelError(
+            f"no checkpoint at {text!r}: give 'tiny', a folder with config.json, or a hub id like 'owner/name'"
+        )
     return text, text
 
 
@@ -143,11 +147,15 @@ def _from_pretrained(folder: str, where: str, *, dtype: Any, device_map: Any, **
     if device_map is not None:
         kw["device_map"] = device_map
     try:
-        config = AutoConfig.from_pretrained(folder, revision=kw["revision"], trust_remote_code=kw["trust_remote_code"])
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        config = AutoConfig.from_pretrained(
+            folder, revision=kw["revision"], trust_remote_code=kw["trust_remote_code"]
+        )
+        model, report = cast(Any, AutoModelForImageTextToText).from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **kw
         )
-    except Exception as e:  # transformers raises many kinds for a bad checkpoint: all mean the same to the user
+    except (
+        Exception
+    ) as e:  # transformers raises many kinds for a bad checkpoint: all mean the same to the user
         raise ModelError(f"{where}: transformers cannot load it: {_first_line(e)}") from e
     _complete(report, where)
     return model
@@ -169,15 +177,23 @@ def _first_line(e: Exception) -> str:
 
 
 def _finite(hf: nn.Module, where: str) -> None:
-    bad = [n for n, p in hf.named_parameters() if p.device.type != "meta" and not bool(torch.isfinite(p).all())]
+    bad = [
+        n for n, p in hf.named_parameters() if p.device.type != "meta" and not bool(torch.isfinite(p).all())
+    ]
     if bad:
-        raise ModelError(f"{where}: {len(bad)} weights hold nan or infinite values (first: {bad[0]}); the file is damaged")
+        raise ModelError(
+            f"{where}: {len(bad)} weights hold nan or infinite values (first: {bad[0]}); the file is damaged"
+        )
 
 
 def _tokenizer(folder: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    if Path(folder).is_dir() and not any(Path(folder).glob("token*")) and not any(Path(folder).glob("vocab*")):
+    if (
+        Path(folder).is_dir()
+        and not any(Path(folder).glob("token*"))
+        and not any(Path(folder).glob("vocab*"))
+    ):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
@@ -191,7 +207,7 @@ def _preprocessor(folder: str) -> Preprocessor | None:
     if Path(folder).is_dir():
         found = [folder] if any((Path(folder) / n).exists() for n in names) else []
     else:
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         files = [cached_file(folder, n, _raise_exceptions_for_missing_entries=False) for n in names]
         found = [str(Path(f).parent) for f in files if f]

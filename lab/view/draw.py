@@ -1,8 +1,8 @@
 """The door of this room: a Result in, a picture out. Knows no model; every figure redraws from a saved Result.
 
-    show(result)                      plotly figure for a notebook
-    save(result, "flow.pdf")          .png .svg .pdf (matplotlib, same bytes each time) or .html (plotly, no network)
-    report([a, b], "report.html", title="...")
+show(result)                      plotly figure for a notebook
+save(result, "flow.pdf")          .png .svg .pdf (matplotlib, same bytes each time) or .html (plotly, no network)
+report([a, b], "report.html", title="...")
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def save(what: Result | FigureSpec, path: str | Path, **options: Any) -> Path:
 def _spec(what: Result | FigureSpec, options: dict[str, Any]) -> FigureSpec:
     if isinstance(what, FigureSpec):
         if options:
-            raise UsageError(f"{', '.join(options)} belong to figure_spec(result, ...); this figure is made already")
+            raise UsageError(
+                f"{', '.join(options)} belong to figure_spec(result, ...); this figure is made already"
+            )
         return what
     return figure_spec(what, **options)

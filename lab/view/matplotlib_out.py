@@ -24,7 +24,7 @@ from lab.result import write_bytes
 from lab.view.palette import anchors, grey, rgba_scale, stroke
 from lab.view.specs import FigureSpec, mosaic, wrapped
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib, so the same everywhere
     "font.size": 10,
     "axes.spines.top": False,
@@ -57,7 +57,9 @@ def to_matplotlib(spec: FigureSpec) -> Figure:
 def image_bytes(spec: FigureSpec, suffix: str, *, dpi: int = 150) -> bytes:
     """The file a figure makes; suffix is one of `SUFFIXES`. Equal for equal figures."""
     if suffix not in SUFFIXES:
-        raise UsageError(f"no picture format {suffix or '(no suffix)'!r}; the formats are {', '.join(SUFFIXES)}")
+        raise UsageError(
+            f"no picture format {suffix or '(no suffix)'!r}; the formats are {', '.join(SUFFIXES)}"
+        )
     fig, out = to_matplotlib(spec), io.BytesIO()
     with _style():
         fig.savefig(out, format=suffix[1:], dpi=dpi, metadata=_metadata(spec, suffix))
@@ -96,7 +98,16 @@ def _lines(ax: Axes, spec: FigureSpec) -> None:
             low, high = spec.low[i].astype(float), spec.high[i].astype(float)
             known = np.isfinite(low) & np.isfinite(high)
             ax.fill_between(x, low, high, where=known.tolist(), color=s.colour, alpha=0.18, linewidth=0)
-        ax.plot(x, values[i], color=s.colour, marker=s.marker, linestyle=s.dash, markersize=4.5, linewidth=1.6, label=name)
+        ax.plot(
+            x,
+            values[i],
+            color=s.colour,
+            marker=s.marker,
+            linestyle=s.dash,
+            markersize=4.5,
+            linewidth=1.6,
+            label=name,
+        )
     if len(spec.series) > 1:
         ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
     ax.set_xticks(*spec.x_ticks())
@@ -135,7 +146,9 @@ def _table(ax: Axes, spec: FigureSpec) -> None:
     if len(spec.rows) > 60:
         shown.append([f"{len(spec.rows) - 60} more rows", *[""] * (len(spec.columns) - 1)])
     if shown:
-        table = ax.table(cellText=shown, colLabels=list(spec.columns), loc="upper left", cellLoc="left", edges="horizontal")
+        table = ax.table(
+            cellText=shown, colLabels=list(spec.columns), loc="upper left", cellLoc="left", edges="horizontal"
+        )
         table.auto_set_font_size(False)
         table.set_fontsize(8)
 
@@ -144,11 +157,19 @@ def _cells(ax: Axes, spec: FigureSpec, x: Any, y: Any, z: Any, bad: Any) -> None
     lo, hi = spec.limits or (0.0, 1.0)
     mesh = ax.pcolormesh(x, y, np.ma.masked_invalid(z), cmap=_colormap(spec), vmin=lo, vmax=hi, zorder=1)
     if bad.any():
-        ax.pcolormesh(x, y, np.ma.masked_where(~bad, np.ones(bad.shape)), cmap=ListedColormap([grey(spec.diverging)]), zorder=2)
+        ax.pcolormesh(
+            x,
+            y,
+            np.ma.masked_where(~bad, np.ones(bad.shape)),
+            cmap=ListedColormap([grey(spec.diverging)]),
+            zorder=2,
+        )
     figure = ax.get_figure()
     assert isinstance(figure, Figure)
     shrink = 0.8 if spec.kind == "strip" else 1.0
-    figure.colorbar(mesh, ax=ax, label=spec.unit, shrink=shrink, ticks=MaxNLocator(5), pad=0.02, fraction=0.06)
+    figure.colorbar(
+        mesh, ax=ax, label=spec.unit, shrink=shrink, ticks=MaxNLocator(5), pad=0.02, fraction=0.06
+    )
 
 
 def _colormap(spec: FigureSpec) -> Colormap:

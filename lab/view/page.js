@@ -4,7 +4,10 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   const themed = (layout) => {
-    const look = { "font.color": css("--ink"), "legend.font.color": css("--ink") };
+    const look = {
+      "font.color": css("--ink"), "legend.font.color": css("--ink"),
+      "hoverlabel.bgcolor": css("--panel"), "hoverlabel.font.color": css("--ink"), "hoverlabel.bordercolor": css("--line"),
+    };
     for (const axis of ["xaxis", "yaxis"]) {
       if (!layout[axis] || layout[axis].visible === false) continue;
       look[axis + ".gridcolor"] = css("--line");

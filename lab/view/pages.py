@@ -29,9 +29,7 @@ from lab.yamlfile import as_yaml
 MAX_ROWS = 200  # rows of a table in the page
 MAX_CSV = 4_000_000  # bytes of a CSV link; larger tables stay in the saved Result
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
-)
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,9 @@ def _answer(a: Answer | None) -> str:
         return ""
     probs = list(a.probs) or [float("nan")] * len(a.options)
     rows = "".join(_option(a, i, o, p) for i, (o, p) in enumerate(zip(a.options, probs, strict=True)))
-    table = f'<table class="options"><caption class="hidden">Answer options</caption>{_OPTION_HEAD}{rows}</table>'
+    table = (
+        f'<table class="options"><caption class="hidden">Answer options</caption>{_OPTION_HEAD}{rows}</table>'
+    )
     said = f'<p class="said">{_e(a.said)}</p>' if a.said else ""
     note = f'<p class="note">{_e(a.note)}</p>' if a.note else ""
     return f"""<section aria-labelledby="answer"><h2 id="answer">The answer</h2>
@@ -138,7 +138,11 @@ def _verdict(a: Answer) -> str:
     said = f"The model answers <strong>({LETTERS[a.chosen % 26]}) {_e(a.options[a.chosen])}</strong>"
     if a.truth is None:
         return f"<p>{said}.</p>"
-    right = "which is right" if a.truth == a.chosen else f"but ({LETTERS[a.truth % 26]}) {_e(a.options[a.truth])} is right"
+    right = (
+        "which is right"
+        if a.truth == a.chosen
+        else f"but ({LETTERS[a.truth % 26]}) {_e(a.options[a.truth])} is right"
+    )
     return f"<p>{said}, {right}.</p>"
 
 
@@ -146,7 +150,9 @@ def _pictures(name: str, pictures: Any) -> str:
     array = np.asarray(pictures)
     array = array[None] if array.ndim == 3 else array
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not len(array):
-        raise UsageError(f"picture {name!r} must be uint8 [frame, height, width, 3], got {array.dtype} {array.shape}")
+        raise UsageError(
+            f"picture {name!r} must be uint8 [frame, height, width, 3], got {array.dtype} {array.shape}"
+        )
     shown = "".join(_thumb(name, f, i, len(array)) for i, f in enumerate(array))
     return f"""<section><h2>{_e(name)}</h2>
 <div class="film" tabindex="0" role="group" aria-label="{_e(name)}">{shown}</div></section>"""
@@ -154,7 +160,9 @@ def _pictures(name: str, pictures: Any) -> str:
 
 def _thumb(name: str, pixels: NDArray[np.uint8], i: int, n: int) -> str:
     alt = f"{name}, picture {i + 1} of {n}"
-    return f'<figure><img src="{picture_uri(pixels)}" alt="{_e(alt)}"><figcaption>{i + 1}</figcaption></figure>'
+    return (
+        f'<figure><img src="{picture_uri(pixels)}" alt="{_e(alt)}"><figcaption>{i + 1}</figcaption></figure>'
+    )
 
 
 def _figure(i: int, one: Result | FigureSpec, frames: Any) -> str:
@@ -180,11 +188,12 @@ def _spec(result: Result, frames: Any) -> FigureSpec:
 def _chart(i: int, spec: FigureSpec) -> str:
     fig = to_plotly(spec)
     fig.update_layout(title=None, margin={"t": 34})  # the heading above says it
-    height = int(fig.layout.height or 420)
+    layout: Any = fig.layout
+    height = int(layout.height or 420)
     return (
-        f'<div class="chart-scroll"><div class="chart {spec.kind}" id="chart-{i}" role="img" '
+        f'<div class="chart-scroll"><div class="chart {spec.kind}" id="chart-{i}" role="figure" '
         f'aria-label="{_e(spec.alt)}" style="height:{height}px"></div></div>'
-        f'<script type="application/json" class="chart-data" data-for="chart-{i}">{_inline(fig.to_json())}</script>'
+        f'<script type="application/json" class="chart-data" data-for="chart-{i}">{_inline(str(fig.to_json()))}</script>'
         "<noscript><p>Charts need JavaScript; the numbers below do not.</p></noscript>"
     )
 

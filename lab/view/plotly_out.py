@@ -36,7 +36,7 @@ def to_plotly(spec: FigureSpec) -> go.Figure:
         margin={"l": 8 if spec.kind == "strip" else 70, "r": 20, "t": 54, "b": 60},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        hovermode="closest",
+        hovermode="x unified" if spec.kind == "lines" else "closest",
         font={"family": "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif", "color": "#1d2126"},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8a939c", "activecolor": "#0b62a4"},
         meta={"recipe": spec.recipe_id, "unit": spec.unit},
@@ -66,8 +66,18 @@ def _lines(fig: go.Figure, spec: FigureSpec) -> None:
     if spec.reference is not None:
         fig.add_hline(y=spec.reference, line={"color": "#888", "width": 1, "dash": "dot"})
     at, words = spec.x_ticks()
-    fig.update_xaxes(title=_safe(spec.x_label), tickvals=at, ticktext=[_safe(w) for w in words], showgrid=False, zeroline=False)
-    fig.update_yaxes(title=_safe(spec.y_label), range=spec.limits, zeroline=False, gridcolor="rgba(128,128,128,0.25)")
+    fig.update_xaxes(
+        title=_safe(spec.x_label),
+        tickvals=at,
+        ticktext=[_safe(w) for w in words],
+        showgrid=False,
+        zeroline=False,
+    )
+    if not any(isinstance(c, str) for c in spec.x):
+        fig.update_xaxes(unifiedhovertitle={"text": f"{_safe(spec.x_label)} %{{x}}"})
+    fig.update_yaxes(
+        title=_safe(spec.y_label), range=spec.limits, zeroline=False, gridcolor="rgba(128,128,128,0.25)"
+    )
     legend = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "font": {"size": 13}, "itemwidth": 40}
     fig.update_layout(height=430, showlegend=len(spec.series) > 1, legend=legend)
 
@@ -77,12 +87,14 @@ def _curve(spec: FigureSpec, x: list[float], y: NDArray[Any], i: int, name: str)
     interval = ""
     shown = [[text(c)] for c in spec.x]
     if spec.low is not None and spec.high is not None:
-        interval = "<br>95 %: %{customdata[1]} to %{customdata[2]}"
-        shown = [[text(c), text(a), text(b)] for c, a, b in zip(spec.x, spec.low[i], spec.high[i], strict=True)]
+        interval = " [%{customdata[1]}, %{customdata[2]}]"
+        shown = [
+            [text(c), text(a), text(b)] for c, a, b in zip(spec.x, spec.low[i], spec.high[i], strict=True)
+        ]
     return go.Scatter(
         x=x, y=y, name=_safe(name), mode="lines+markers", legendgroup=str(i), connectgaps=False, customdata=shown,
         line={"color": s.colour, "dash": s.plotly_dash, "width": 2.2}, marker={"symbol": s.symbol, "size": 7},
-        hovertemplate=f"{_safe(name)}<br>{_safe(spec.x_label)} %{{customdata[0]}}: <b>%{{y:.4g}}</b>{interval}<extra></extra>",
+        hovertemplate=f"<b>%{{y:.4g}}</b>{interval}<extra>{_safe(name)}</extra>",
     )  # fmt: skip
 
 
@@ -111,7 +123,13 @@ def _heat(fig: go.Figure, spec: FigureSpec) -> None:
     if np.isnan(z).any():
         fig.add_trace(_grey_cells(spec, np.isnan(z), places, shown, f"{where}: not finite<extra></extra>"))
     at, words = spec.x_ticks()
-    fig.update_xaxes(title=_safe(spec.x_label), tickvals=at, ticktext=[_safe(w) for w in words], showgrid=False, zeroline=False)
+    fig.update_xaxes(
+        title=_safe(spec.x_label),
+        tickvals=at,
+        ticktext=[_safe(w) for w in words],
+        showgrid=False,
+        zeroline=False,
+    )
     every = max(1, -(-len(spec.series) // 24))
     names = [_safe(s) for s in spec.series]
     fig.update_yaxes(
@@ -137,7 +155,13 @@ def _strip(fig: go.Figure, spec: FigureSpec) -> None:
                 sizing="stretch", layer="below",
             )  # fmt: skip
         fig.add_annotation(
-            x=x, y=y, text=_safe(spec.series[i]), showarrow=False, xanchor="left", yanchor="bottom", font={"size": 11}
+            x=x,
+            y=y,
+            text=_safe(spec.series[i]),
+            showarrow=False,
+            xanchor="left",
+            yanchor="bottom",
+            font={"size": 11},
         )
     fig.update_xaxes(visible=False, range=[0, m.width], constrain="domain")
     fig.update_yaxes(visible=False, range=[m.height, 0], scaleanchor="x", constrain="domain")
@@ -158,7 +182,9 @@ def _strip_hover(spec: FigureSpec, shape: tuple[int, int]) -> NDArray[Any]:
 def _table(fig: go.Figure, spec: FigureSpec) -> None:
     columns = [list(c) for c in zip(*spec.rows, strict=True)] if spec.rows else [[] for _ in spec.columns]
     header = {"values": [_safe(c) for c in spec.columns], "align": "left"}
-    fig.add_trace(go.Table(header=header, cells={"values": [[_safe(v) for v in c] for c in columns], "align": "left"}))
+    fig.add_trace(
+        go.Table(header=header, cells={"values": [[_safe(v) for v in c] for c in columns], "align": "left"})
+    )
     fig.update_layout(height=int(np.clip(110 + 26 * len(spec.rows), 180, 700)))
 
 
@@ -174,10 +200,21 @@ def _colorbar(spec: FigureSpec) -> dict[str, Any]:
     if spec.kind != "strip":
         return {"title": {"text": _safe(spec.unit), "side": "right"}, "thickness": 14}
     title = {"text": _safe(spec.unit), "side": "top"}
-    return {"title": title, "thickness": 10, "orientation": "h", "x": 0, "xanchor": "left", "y": -0.02, "yanchor": "top", "len": 0.4}
+    return {
+        "title": title,
+        "thickness": 10,
+        "orientation": "h",
+        "x": 0,
+        "xanchor": "left",
+        "y": -0.02,
+        "yanchor": "top",
+        "len": 0.4,
+    }
 
 
-def _grey_cells(spec: FigureSpec, bad: NDArray[Any], places: dict[str, Any], shown: Any, hover: str) -> go.Heatmap:
+def _grey_cells(
+    spec: FigureSpec, bad: NDArray[Any], places: dict[str, Any], shown: Any, hover: str
+) -> go.Heatmap:
     colour = grey(spec.diverging)
     return go.Heatmap(
         z=np.where(bad, 1.0, np.nan), **places, customdata=shown, hovertemplate=hover, showscale=False, zmin=0, zmax=1,

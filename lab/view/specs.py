@@ -188,23 +188,29 @@ def text(value: Any) -> str:
 
 def _lines(r: Result) -> FigureSpec:
     if len(r.axes) not in (1, 2):
-        raise UsageError(f"lines need one or two axes, the result has {len(r.axes)}: {r.axes}; select or average first")
+        raise UsageError(
+            f"lines need one or two axes, the result has {len(r.axes)}: {r.axes}; select or average first"
+        )
     if len(r.axes) == 2 and r.shape[0] > 4 * MAX_CURVES:
-        raise UsageError(f"{r.shape[0]} curves are too many to tell apart, at most {4 * MAX_CURVES}; draw a heat map")
+        raise UsageError(
+            f"{r.shape[0]} curves are too many to tell apart, at most {4 * MAX_CURVES}; draw a heat map"
+        )
     named = len(r.axes) == 2
     series = tuple(text(c) for c in r.coords[r.axes[0]]) if named else (r.name or r.unit,)
-    arrays = {n: getattr(r, n) for n in ("values", "low", "high")}
-    shaped = {n: None if a is None else np.atleast_2d(a) for n, a in arrays.items()}
+    values, low, high = (None if a is None else np.atleast_2d(a) for a in (r.values, r.low, r.high))
+    assert values is not None
     x = r.axes[-1]
     return FigureSpec(
-        "lines", "", r.unit, series=series, x=tuple(r.coords[x]), x_label=label(x), y_label=r.unit,
-        reference=0.0 if r.baseline is None else r.baseline, **shaped,
+        "lines", "", r.unit, values, low, high, series, x=tuple(r.coords[x]), x_label=label(x), y_label=r.unit,
+        reference=0.0 if r.baseline is None else r.baseline,
     )  # fmt: skip
 
 
 def _heat(r: Result) -> FigureSpec:
     if len(r.axes) != 2:
-        raise UsageError(f"a heat map needs two axes, the result has {len(r.axes)}: {r.axes}; select or average first")
+        raise UsageError(
+            f"a heat map needs two axes, the result has {len(r.axes)}: {r.axes}; select or average first"
+        )
     y, x = r.axes
     rows = tuple(text(c) for c in r.coords[y])
     return FigureSpec(
@@ -228,7 +234,9 @@ def _table(r: Result) -> FigureSpec:
     rows = r.tidy()
     columns = tuple(rows[0]) if rows else (*r.axes, "value")
     names = tuple(r.unit if c == "value" else c if c in ("low", "high") else label(c) for c in columns)
-    return FigureSpec("table", "", r.unit, columns=names, rows=tuple(tuple(text(row[c]) for c in columns) for row in rows))
+    return FigureSpec(
+        "table", "", r.unit, columns=names, rows=tuple(tuple(text(row[c]) for c in columns) for row in rows)
+    )
 
 
 def _few_names(r: Result, numeric: bool) -> bool:
@@ -264,7 +272,9 @@ def _pictures(frames: Any, spec: FigureSpec) -> NDArray[np.uint8]:
     if spec.kind != "strip":
         raise UsageError(f"frames go with a strip, this figure is of kind {spec.kind!r}")
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
-        raise UsageError(f"frames must be uint8 [frame, height, width, 3], got {pictures.dtype} {pictures.shape}")
+        raise UsageError(
+            f"frames must be uint8 [frame, height, width, 3], got {pictures.dtype} {pictures.shape}"
+        )
     if len(pictures) != len(spec.values):
         raise UsageError(f"{len(pictures)} pictures for {len(spec.values)} frames of values; give one each")
     return pictures
@@ -277,11 +287,15 @@ def _caption(r: Result) -> str:
     counts = r.notes.get("n") or {}
     parts = [f"Mean over {n} {axis}s" if n > 1 else f"One {axis}" for axis, n in counts.items()]
     if r.low is not None and counts:
-        parts.append("band: 95 % bootstrap interval" if len(r.axes) < 3 else "95 % bootstrap interval in the table")
+        parts.append(
+            "band: 95 % bootstrap interval" if len(r.axes) < 3 else "95 % bootstrap interval in the table"
+        )
     words = [f"{label(a)}: {text(c)}." for a, c in (r.notes.get("selected") or {}).items()]
     words += [f"{'; '.join(parts)}."] if parts else []
     if r.not_finite:
-        words.append(f"{r.not_finite} of {np.size(r.values)} values are not finite; they are left out or shown grey.")
+        words.append(
+            f"{r.not_finite} of {np.size(r.values)} values are not finite; they are left out or shown grey."
+        )
     return " ".join(words)
 
 
@@ -292,7 +306,9 @@ def _reading(r: Result, spec: FigureSpec) -> str:
     if spec.kind == "table" or not known.size or known.max() < 0:
         return ""
     place = np.unravel_index(int(known.argmax()), known.shape)
-    where = ", ".join(f"{label(a).lower()} {text(r.coords[a][i])}" for a, i in zip(r.axes, place, strict=True))
+    where = ", ".join(
+        f"{label(a).lower()} {text(r.coords[a][i])}" for a, i in zip(r.axes, place, strict=True)
+    )
     interval = ""
     if r.low is not None and r.high is not None:
         interval = f" [{text(r.low[place])}, {text(r.high[place])}]"
@@ -300,7 +316,9 @@ def _reading(r: Result, spec: FigureSpec) -> str:
 
 
 def _alt(spec: FigureSpec) -> str:
-    what = {"lines": "Line chart", "heat": "Heat map", "strip": "Heat over video frames", "table": "Table"}[spec.kind]
+    what = {"lines": "Line chart", "heat": "Heat map", "strip": "Heat over video frames", "table": "Table"}[
+        spec.kind
+    ]
     size = {
         "lines": f"{len(spec.series)} curve{'s' * (len(spec.series) != 1)} over {spec.x_label.lower()}: {', '.join(spec.series)}",
         "heat": f"{spec.y_label.lower()} by {spec.x_label.lower()}, {' by '.join(str(n) for n in spec.values.shape)} cells",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lab.carriers import Frames, VideoGrid
-from lab.errors import PromptError
+from lab.errors import ModelError, PromptError
 from lab.spans import Span
 
 
@@ -128,6 +128,11 @@ def clock(frames: Frames) -> list[float]:
     return [b if abs(b - t) < 0.5 / frames.fps else t for b, t in zip(by_index, times, strict=True)]
 
 
+def spoken_time(span: Span) -> float:
+    """The time a family writes before a frame; a source without a clock counts one second a frame (or tubelet)."""
+    return float(span.frame or 0) if span.seconds is None else span.seconds
+
+
 def tubelet_times(times: Sequence[float], depth: int) -> list[float]:
     """Mean of the first and last time in each group of `depth` frames; the last frame is repeated to fill a group."""
     filled = [*times, *[times[-1]] * (-len(times) % depth)]
@@ -144,10 +149,10 @@ def timed(grid: VideoGrid, times: Sequence[float]) -> VideoGrid:
 
 
 def check_square(pixels: Tensor, config: Any) -> None:
-    """PromptError if the preprocessed frames [..., h, w] are not of the size the tower was built for."""
+    """ModelError if the preprocessed frames [..., h, w] are not of the size the tower was built for."""
     want, got = pair(config.vision_config.image_size), tuple(pixels.shape[-2:])
     if got != want:
-        raise PromptError(
+        raise ModelError(
             f"preprocessed frames are {got[0]} x {got[1]} but the vision tower takes {want[0]} x {want[1]}; "
             "the preprocessor json and the config belong to different checkpoints"
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lab.carriers import Frames, VideoGrid
 from lab.model.families.chat import chatml
-from lab.model.families.geometry import frame_spans
+from lab.model.families.geometry import frame_spans, spoken_time
 from lab.model.families.qwen2_5_vl import Qwen25VL, marked
 from lab.spans import Span
 
@@ -30,7 +30,7 @@ class Qwen3VL(Qwen25VL):
         """For every tubelet: its time to a tenth of a second, vision_start, its tokens, vision_end."""
         spans: list[Span] = []
         for span in frame_spans(grid):
-            text = f"<{span.seconds:.1f} seconds>"
+            text = f"<{spoken_time(span):.1f} seconds>"
             time = Span("separator", text, kind="time", frame=span.frame, seconds=span.seconds)
             spans += [time, *marked([span], frame=span.frame)]
         return spans

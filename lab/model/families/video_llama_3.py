@@ -12,7 +12,7 @@ from lab.carriers import Frames, VideoGrid
 from lab.errors import PromptError
 from lab.model.families.base import Family
 from lab.model.families.chat import chatml
-from lab.model.families.geometry import clock, frame_spans, merged_grids, timed, tubelet_times
+from lab.model.families.geometry import clock, frame_spans, merged_grids, spoken_time, timed, tubelet_times
 from lab.pixels import Preprocessor, compression_mask, qwen_pixels
 from lab.spans import Span
 
@@ -57,7 +57,7 @@ class VideoLlama3(Family):
         """ "Time 0.0s:" before every frame, a comma between frames."""
         spans: list[Span] = []
         for span in frame_spans(grid):
-            text = f"{',' if spans else ''}Time {span.seconds:.1f}s:"
+            text = f"{',' if spans else ''}Time {spoken_time(span):.1f}s:"
             spans += [Span("separator", text, kind="time", frame=span.frame, seconds=span.seconds), span]
         return spans
 
