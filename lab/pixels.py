@@ -3,7 +3,7 @@
 Equal to transformers' Pillow-based image processors (bit for bit, see tests/test_pixels.py), frame by frame, with the
 sizes and the patch order of its *video* processors. Those exist only on torchvision, whose uint8 resize differs from
 Pillow's by a level in under 1 % of the values (`lab.resample`), and whose fused rescale-and-normalise rounds
-differently (up to 5e-7).
+differently (up to 2.4e-7).
 
 What each family asks for:
 

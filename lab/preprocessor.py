@@ -213,9 +213,7 @@ class _Checked:
         low = self.count("min_pixels") or got.get("shortest_edge") or got.get("min_pixels")
         high = self.count("max_pixels") or got.get("longest_edge") or got.get("max_pixels")
         if low is None or high is None or low > high:
-            raise self.fail(
-                "size", f"given as shortest_edge <= longest_edge, in pixels (here {low} and {high}),"
-            )
+            raise self.fail("size", f"shortest_edge <= longest_edge, in pixels (found {low} and {high})")
         return {"shortest_edge": low, "longest_edge": high}
 
 

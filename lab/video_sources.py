@@ -24,7 +24,7 @@ class Source(Protocol):
     """Frames that can be counted, timed and taken. seconds: one entry a frame, nan where there is no clock."""
 
     info: VideoInfo
-    seconds: Sequence[float]
+    seconds: list[float]
 
     def take(self, index: Sequence[int]) -> tuple[list[int], Tensor]:
         """(indices really taken, uint8 pixels [n, 3, h, w]) for ascending distinct indices."""
@@ -184,26 +184,24 @@ def _rgb(image: Any) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _pixels(x: np.ndarray | Tensor, what: str) -> Tensor:
-    """uint8 [n, 3, h, w] from [n, h, w, c], [n, c, h, w], [h, w, c] or [c, h, w] with c 1, 3 or 4."""
-    if isinstance(x, np.ndarray):
-        _check_dtype(str(x.dtype), x, what)
-        x = torch.from_numpy(np.ascontiguousarray(x))
-    _check_dtype(str(x.dtype).removeprefix("torch."), x, what)
-    shape = tuple(x.shape)
+def _pixels(given: np.ndarray | Tensor, what: str) -> Tensor:
+    """uint8 [n, 3, h, w] from [n, h, w, c], [n, c, h, w], [h, w, c] or [c, h, w] with c 1, 3 or 4.
+
+    Where both could be the channels, the last axis is, unless only the other one is 3.
+    """
+    _check_dtype(str(given.dtype).removeprefix("torch."), given, what)
+    x = torch.from_numpy(np.ascontiguousarray(given)) if isinstance(given, np.ndarray) else given
     x = x[None] if x.ndim == 3 else x
     if x.ndim != 4 or not {x.shape[-1], x.shape[1]} & {1, 3, 4}:
+        shape = list(given.shape)
         raise UsageError(
-            f"{what} must be [frame, height, width, 3] or [frame, 3, height, width], got {list(shape)}"
+            f"{what} must be [frame, height, width, 3] or [frame, 3, height, width], got {shape}"
         )
     if x.shape[-1] in {1, 3, 4} and (x.shape[-1] == 3 or x.shape[1] != 3):
         x = x.movedim(-1, 1)
     if x.shape[1] == 4:
-        x = (
-            torch.from_numpy(np.stack([on_white(f) for f in x.movedim(1, -1).cpu().numpy()]))
-            .movedim(-1, 1)
-            .to(x.device)
-        )
+        blended = np.stack([on_white(f) for f in x.movedim(1, -1).cpu().numpy()])
+        x = torch.from_numpy(blended).movedim(-1, 1).to(x.device)
     return x.expand(-1, 3, -1, -1).contiguous()
 
 

@@ -28,6 +28,7 @@ from lab.view.draw import (
     to_plotly,
 )
 from lab.view.matplotlib_out import image_bytes
+from lab.view.pages import table_of
 from lab.view.palette import DIVERGING, SEQUENTIAL, STROKES, grey, rgb
 from lab.view.specs import FigureSpec, mosaic
 
@@ -406,3 +407,10 @@ def test_a_page_is_the_same_bytes_each_time(tmp_path: Path) -> None:
     r = strip()
     a, b = (report(r, tmp_path / n, title="t", frames=PICTURES).read_bytes() for n in ("a.html", "b.html"))
     assert a == b
+
+
+def test_tables_round_alike_and_never_write_minus_zero() -> None:
+    columns, rows = table_of(figure_spec(heat([[-41.26, 0.001, -0.04], [np.nan, np.inf, 2.0]])))
+    assert columns == ["Layer \\ Frame", "0", "1", "2"]
+    assert rows == [["1", "-41.3", "0.0", "0.0"], ["2", "nan", "inf", "2.0"]]
+    assert table_of(figure_spec(heat([[0.00123, 0.0]])))[1] == [["1", "0.00123", "0.00000"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,20 @@ class Setting:
         """The model. Raises ModelError, UsageError."""
         from lab.model.zoo import load
 
+        _quiet_bars()
         return load(self.model, device=self.device, dtype=self.dtype)
 
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments of `model.prepare` and of `lab.recipe.VideoSpec`."""
         return {k: v for k, v in (("n_frames", self.frames), ("fps", self.fps)) if v is not None}
+
+
+def _quiet_bars() -> None:
+    """No bar for loading weights where nobody watches it move."""
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def question_about(video: str, question: str, options: Sequence[str], answer: str | None) -> VideoQA:

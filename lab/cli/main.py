@@ -222,7 +222,9 @@ def main(args: Sequence[str]) -> int:
         0
     ]  # click's, which some versions of typer carry inside
     try:
-        return int(app(args, prog_name="vlab", standalone_mode=False) or 0)
+        code = int(app(args, prog_name="vlab", standalone_mode=False) or 0)
+        # some versions of typer turn Ctrl-C into this code without a word
+        return _say("interrupted", 130) if code == 130 else code
     except Exception as e:
         if debug:
             raise

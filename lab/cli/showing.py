@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lab.cli.asking import Setting
 from lab.cli.output import Reply, table
+from lab.cli.token_picture import check_suffix, draw_tokens
 from lab.spans import KINDS, ROLES
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def show_tokens(item: VideoQA, setting: Setting, every: bool, out: str | None) -> Reply:
     """The token map of the item's prompt: one line for every run of positions of one role, frame and option."""
+    path = None if out is None else check_suffix(out)
     ready = setting.load().prepare(item, **setting.sampling())
     tokens = ready.tokens
     rows = list(positions(tokens))
@@ -30,12 +31,8 @@ def show_tokens(item: VideoQA, setting: Setting, every: bool, out: str | None) -
     )
     head = head if every else ("positions", "count", "role", "kind", "frame", "option", "seconds", "text")
     text = [table(head, lines), "", _summary(tokens)]
-    if out is not None:
-        from lab.cli.token_picture import draw_tokens
-
-        text.append(
-            str(draw_tokens(rows, Path(out), f"{len(rows)} positions in reading order: {item.question}"))
-        )
+    if path is not None:
+        text.append(str(draw_tokens(rows, path, f"{len(rows)} positions in reading order: {item.question}")))
     return Reply({"model": setting.model, "positions": rows}, "\n".join(text))
 
 

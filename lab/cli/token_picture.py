@@ -19,10 +19,15 @@ READABLE = 1024  # cells; beyond, words in them are too small to read
 LIGHT = "#d9d9d9"
 
 
+def check_suffix(out: str) -> Path:
+    """Raises UsageError unless the name ends in a format that can be drawn."""
+    if Path(out).suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--out {out}: end the name in {', '.join(SUFFIXES)}")
+    return Path(out)
+
+
 def draw_tokens(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
-    """Draws positions (see `lab.cli.showing.positions`) to a .png, .svg or .pdf file. Raises UsageError for another suffix."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--out {path}: end the name in {', '.join(SUFFIXES)}")
+    """Draws positions (see `lab.cli.showing.positions`) to a file that `check_suffix` accepts."""
     wide = 32 if len(rows) <= READABLE else 128
     high = -(-len(rows) // wide)
     fig = Figure(figsize=(11, 1.1 + 11 * high / wide), layout="constrained")

@@ -41,6 +41,8 @@ def demonstrate(out: str) -> Reply:
 
 def trace(item: VideoQA, setting: Setting, pathways: Sequence[str], window: int | None, out: str) -> Reply:
     """Answer, knock-out profile, report, picture and recipe in folder `out`."""
+    if window is not None and window < 1:
+        raise UsageError(f"--window {window}: at least 1 layer is needed")
     folder = _folder(out)
     model = setting.load()
     ready = model.prepare(item, **setting.sampling())
@@ -100,8 +102,6 @@ def _recipe(
     from lab.recipe import ModelSpec
     from probes.knockout import PATHWAYS, KnockoutRecipe
 
-    if window is not None and window < 1:
-        raise UsageError(f"--window {window}: at least 1 layer is needed")
     spec = spec_of(item, **(setting.sampling() or {"n_frames": len(ready.frames or ())}))
     spec = spec.model_copy(
         update={"video": spec.video.model_copy(update={"path": path_from(folder, item.video)})}
@@ -117,20 +117,22 @@ def _recipe(
 
 def sentence(profile: Result, window: int, n_layers: int) -> str:
     """What a knock-out profile (item, pathway, layer) says, in one sentence."""
+    from probes.knockout import layers_of
+
     change = np.nan_to_num(profile.values.mean(axis=profile.axes.index("item")))
     names: list[str] = profile.coords["pathway"]
     lows, row = change.min(1), int(change.min(1).argmin())
     if lows[row] > -NOTEWORTHY:
         return f"No pathway alone carries the answer: cutting any of them lowers its probability by less than {NOTEWORTHY} %."
-    layers = layers_of(int(change[row].argmin()), window, n_layers)
+    layers = _spoken(layers_of(int(change[row].argmin()), window, n_layers))
     quiet = [n for n, values in zip(names, change, strict=True) if abs(values).max() < NOTEWORTHY]
     rest = f"; cutting {_listed(quiet)} changes next to nothing" if quiet else ""
     return f"The answer depends most on {names[row]}: cut in {layers}, its probability falls by {-lows[row]:.0f} %{rest}."
 
 
-def layers_of(centre: int, window: int, n_layers: int) -> str:
-    """The layers cut round a centre (0-based), as people count them."""
-    first, last = max(0, centre - window // 2) + 1, min(n_layers, centre + (window + 1) // 2)
+def _spoken(layers: range) -> str:
+    """0-based layers as people count them."""
+    first, last = layers[0] + 1, layers[-1] + 1
     return f"layer {first}" if first == last else f"layers {first}-{last}"
 
 

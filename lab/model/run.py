@@ -174,11 +174,8 @@ def attn_out(module: nn.Module, args: Any, output: Any) -> Any:
     if not isinstance(call, Call) or module not in (call.parts.attn, call.parts.mixer):
         return None
     value = output[0] if isinstance(output, tuple) else output
-    new = value
-    if module is call.parts.attn:
-        new = call.block.hook_attn_out(new)
-    else:
-        new = call.block.mixer.hook_out(new)
+    own = call.block.hook_attn_out if module is call.parts.attn else call.block.mixer.hook_out
+    new = own(value)
     if watched(call.block.hook_resid_mid):
         mid = call.resid_pre.to(new.device) + new
         edited = call.block.hook_resid_mid(mid)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lab.errors import LabError, ModelError
+from lab.carriers import Frames, VideoQA
+from lab.errors import LabError, LabWarning, ModelError
 
 BOUND = {
     torch.float32: 1e-4,
@@ -82,4 +84,37 @@ def _judge(model: Any, found: dict[str, float]) -> None:
         raise ModelError(
             f"{model.cfg.model_type}: resid_mid + mlp_out misses resid_post by {found['residual']:.2e} (bound "
             f"{max(bound, 1e-3):.0e}): its layers are not plain residual layers"
+        )
+
+
+def audit(model: Any) -> None:
+    """Is the token map true? Lay out a question over two frames of noise and look at what arrives at the decoder's door.
+
+    Exactly the positions that the map calls video must hold other embeddings than their ids'. Warns (LabWarning) if the
+    prompt cannot be rendered: `prepare_inputs` still works. Raises ModelError with both numbers if the map is wrong.
+    """
+    if model.tokenizer is None:
+        return
+    pixels = torch.randint(
+        0, 256, (2, 3, 112, 112), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    frames = Frames(pixels, torch.tensor([0.0, 1.0]), torch.arange(2), 1.0, 2.0, "noise")
+    try:
+        ready = model.prepare(VideoQA(frames, "What happens?"), 2)
+    except LabError as e:
+        warnings.warn(
+            f"{model.cfg.model_name}: prompts cannot be rendered ({e}); prepare_inputs works",
+            LabWarning,
+            stacklevel=3,
+        )
+        return
+    with torch.no_grad():
+        door = model.see(ready)
+        text = model.hf.get_input_embeddings()(ready.inputs["input_ids"].to(model.device))
+    moved = (door.embeds.to(text.device) != text).any(-1)[0].nonzero().squeeze(1).cpu()
+    said = ready.tokens.where(kind="video")
+    if moved.tolist() != said.tolist():
+        raise ModelError(
+            f"{model.cfg.model_name}: the map says {len(said)} video positions, {len(moved)} arrive at the decoder; "
+            "this checkpoint's layout is not what its family file says"
         )

@@ -88,7 +88,11 @@ class VideoLLM(HookedRootModule):
         self.cfg = anatomy.model_config(hf, lm)
         self.mrope = "mrope_section" in (getattr(anatomy.text_config(lm), "rope_parameters", None) or {})
         self._make_points(lm)
-        self._place_hooks(lm)
+        if not getattr(
+            hf, "_lab_hooked", False
+        ):  # a second wrapper finds the first one's hooks: they serve any
+            self._place_hooks(lm)
+            cast(Any, hf)._lab_hooked = True
         self._use_our_attention(lm)
         self.setup()
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from lab.errors import ConfigError, ModelError, UsageError
 from lab.model.families.base import find
+from lab.model.verifying import audit
 from lab.model.verifying import verify as verify_model
 from lab.model.videollm import VideoLLM
 from lab.pixels import Preprocessor
@@ -27,21 +28,17 @@ def wrap(hf_model: nn.Module, tokenizer: Any = None, *, preprocessor: Any = None
 
     tokenizer     without one only `prepare_inputs` works
     preprocessor  a `lab.pixels.Preprocessor`, a parsed preprocessor json, or None (sizes from the config)
-    Raises ModelError if no decoder made of residual layers can be found, or if the model is wrapped already.
+    A model may be wrapped more than once; each wrapper has its own hook points.
+    Raises ModelError if no decoder made of residual layers can be found.
     """
     if isinstance(hf_model, VideoLLM):
         raise ModelError("this model is wrapped already; use it as it is")
     if not isinstance(hf_model, nn.Module) or not hasattr(hf_model, "config"):
         raise ModelError(f"expected an instantiated transformers model, got {type(hf_model).__name__}")
-    if getattr(hf_model, "_lab_wrapped", False):
-        raise ModelError(
-            "this transformers model is wrapped already; use the first wrapper, or a copy of the model"
-        )
     family = find(hf_model.config)
     if isinstance(preprocessor, dict):
         preprocessor = Preprocessor.from_folder(preprocessor)
     model = VideoLLM(hf_model, family, tokenizer, preprocessor)
-    cast(Any, hf_model)._lab_wrapped = True
     if not family.model_types:
         verify_model(model)  # nobody wrote a file for this family: prove that the loop is its own
     return model
@@ -77,6 +74,7 @@ def load(
     model.spec = _spec(name, kind, device, revision) if device_map is None else None
     if verify:
         verify_model(model)
+        audit(model)
     return model
 
 
@@ -176,10 +174,13 @@ def _first_line(e: Exception) -> str:
     return lines[0][:300] if lines else type(e).__name__
 
 
+def _all_finite(weight: torch.Tensor) -> bool:
+    """In pieces: the check makes copies, and the embedding of a 7B model has half a billion numbers."""
+    return all(bool(torch.isfinite(part).all()) for part in weight.flatten().split(2**22))
+
+
 def _finite(hf: nn.Module, where: str) -> None:
-    bad = [
-        n for n, p in hf.named_parameters() if p.device.type != "meta" and not bool(torch.isfinite(p).all())
-    ]
+    bad = [n for n, p in hf.named_parameters() if p.device.type != "meta" and not _all_finite(p)]
     if bad:
         raise ModelError(
             f"{where}: {len(bad)} weights hold nan or infinite values (first: {bad[0]}); the file is damaged"

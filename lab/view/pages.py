@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -213,27 +213,43 @@ def table_of(spec: FigureSpec) -> tuple[list[str], list[list[str]]]:
     """The figure's numbers as headings and rows of text: one row per x, one column per curve or per cell of a row."""
     if spec.kind == "table":
         return list(spec.columns), [list(r) for r in spec.rows]
+    write = _writer(spec.masked())
     if spec.kind == "strip":
-        columns = ["Frame", "Mean", "Lowest", "Highest"]
-        return columns, [[s, *_summary(v)] for s, v in zip(spec.series, spec.masked(), strict=True)]
+        summaries = [[write(v) for v in _summary(f)] for f in spec.masked()]
+        return ["Frame", "Mean", "Lowest", "Highest"], _labelled(spec.series, summaries)
     if spec.kind == "heat":
-        cells = [[text(v) for v in row] for row in spec.values]
-        return [f"{spec.y_label} \\ {spec.x_label}", *(text(c) for c in spec.x)], [
-            [s, *row] for s, row in zip(spec.series, cells, strict=True)
-        ]
-    cells = [[_with_interval(spec, i, j) for i in range(len(spec.series))] for j in range(len(spec.x))]
-    return [spec.x_label, *spec.series], [[text(x), *row] for x, row in zip(spec.x, cells, strict=True)]
+        columns = [f"{spec.y_label} \\ {spec.x_label}", *(text(c) for c in spec.x)]
+        return columns, _labelled(spec.series, [[write(v) for v in row] for row in spec.values])
+    cells = [[_with_interval(spec, i, j, write) for i in range(len(spec.series))] for j in range(len(spec.x))]
+    return [spec.x_label, *spec.series], _labelled([text(x) for x in spec.x], cells)
 
 
-def _with_interval(spec: FigureSpec, i: int, j: int) -> str:
+def _labelled(names: Sequence[str], rows: Sequence[list[str]]) -> list[list[str]]:
+    return [[name, *row] for name, row in zip(names, rows, strict=True)]
+
+
+def _writer(values: NDArray[Any]) -> Callable[[Any], str]:
+    """Writes every number of a table with as many decimals as give the largest three digits."""
+    known = np.abs(values[np.isfinite(values)])
+    largest = float(known.max()) if known.size else 0.0
+    decimals = int(np.clip(2 - np.floor(np.log10(largest)), 0, 12)) if largest > 0 else 0
+
+    def write(value: Any) -> str:
+        shown = f"{float(value):.{decimals}f}"
+        return shown.removeprefix("-") if float(shown) == 0 else shown
+
+    return write
+
+
+def _with_interval(spec: FigureSpec, i: int, j: int, write: Callable[[Any], str]) -> str:
     if spec.low is None or spec.high is None:
-        return text(spec.values[i, j])
-    return f"{text(spec.values[i, j])} [{text(spec.low[i, j])}, {text(spec.high[i, j])}]"
+        return write(spec.values[i, j])
+    return f"{write(spec.values[i, j])} [{write(spec.low[i, j])}, {write(spec.high[i, j])}]"
 
 
-def _summary(values: NDArray[Any]) -> list[str]:
+def _summary(values: NDArray[Any]) -> list[float]:
     known = values[np.isfinite(values)]
-    return [text(float(f(known))) if known.size else "nan" for f in (np.mean, np.min, np.max)]
+    return [float(f(known)) if known.size else float("nan") for f in (np.mean, np.min, np.max)]
 
 
 def _row(cells: Sequence[str]) -> str:
