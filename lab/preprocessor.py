@@ -165,7 +165,7 @@ class _Checked:
 
     def count(self, name: str) -> int | None:
         got = self.said.get(name)
-        if got is not None and not (_is_number(got) and got == int(got) and got >= 1):
+        if got is not None and not _is_count(got):
             raise self.fail(name, "a whole number of at least 1")
         return None if got is None else int(got)
 
@@ -185,21 +185,20 @@ class _Checked:
         return str(name)
 
     def size(self, name: str) -> dict[str, int] | None:
-        got = self.said.get(name)
-        if isinstance(got, int) and "crop_size" in self.said and name == "size":
-            got = {"shortest_edge": got}
-        elif isinstance(got, int | list | tuple) and not isinstance(got, bool):
-            high, wide = (got, got) if isinstance(got, int) else got if len(got) == 2 else (None, None)
-            got = {"height": high, "width": wide}
+        """A size as a dict; a bare number is the short side where there is a crop, else both sides."""
+        got: Any = self.said.get(name)
         if got is None:
             return None
-        known = isinstance(got, dict) and set(got) <= SIZE_KEYS
-        given = {k: v for k, v in got.items() if v is not None} if known else {}
-        if not given or not all(_is_number(v) and v == int(v) and v >= 1 for v in given.values()):
+        if _is_number(got):
+            got = {"shortest_edge": got} if name == "size" and "crop_size" in self.said else [got, got]
+        if isinstance(got, list | tuple) and len(got) == 2:
+            got = {"height": got[0], "width": got[1]}
+        given = {k: v for k, v in got.items() if v is not None} if isinstance(got, dict) else {}
+        if not given or set(given) - SIZE_KEYS or not all(_is_count(v) for v in given.values()):
             raise self.fail(
                 name, "positive whole numbers under height and width, or shortest_edge (and longest_edge)"
             )
-        return {k: int(v) for k, v in given.items()}
+        return {str(k): int(v) for k, v in given.items()}
 
     def needed_size(self) -> dict[str, int]:
         got = self.size("size")
@@ -219,3 +218,7 @@ class _Checked:
 
 def _is_number(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_count(x: Any) -> bool:
+    return _is_number(x) and x == int(x) and x >= 1

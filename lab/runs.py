@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from lab.errors import ConfigError, LabError, RunError
-from lab.recipe import Recipe, dump
+from lab.recipe import Recipe, dump, from_plain
 from lab.result import plain, restore, storable
 from lab.yamlfile import parse_yaml, read_text
 
@@ -172,13 +172,13 @@ class Run:
 
     def _open(self) -> None:
         _check_owner(self.folder, _owner_by_yaml(self.folder / "recipe.yaml"), self.recipe.id)
+        if not (self.folder / "recipe.yaml").exists():
+            dump(self.recipe, self.folder / "recipe.yaml")
         journal = Journal(self.folder / "journal.jsonl")
         self._journal = journal
         if not journal.records:
             journal.append({"recipe": self.recipe.id})
         _check_owner(self.folder, journal.records[0].get("recipe"), self.recipe.id)
-        if not (self.folder / "recipe.yaml").exists():
-            dump(self.recipe, self.folder / "recipe.yaml")
         for record in journal.records[1:]:
             self._done[record["key"]] = record["payload"]
             self.ledger += Ledger(**record["spent"])
@@ -270,8 +270,6 @@ def _read_lines(path: Path) -> tuple[list[Any], int]:
 def _owner_by_yaml(path: Path) -> str | None:
     if not path.exists():
         return None
-    from lab.recipe import from_plain
-
     return from_plain(parse_yaml(read_text(path), str(path)), str(path)).id
 
 

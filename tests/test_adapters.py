@@ -30,7 +30,7 @@ def model_of(name: str) -> VideoLLM:
 
 def away(a: Tensor, b: Tensor) -> float:
     assert a.shape == b.shape
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
 
 
 def cut(value: Tensor, hook: Any = None) -> Tensor:
@@ -210,7 +210,7 @@ def test_zero_and_ill_fitting_baselines_are_refused() -> None:
     with pytest.raises(UsageError, match="use a twin question, 'mean', or a tensor"):
         ask(baseline="zero")
     with pytest.raises(UsageError, match=r"baseline is \(1, 30, 64\) at the door, the question \(1, 24, 64\)"):
-        ask(baseline=inputs("qwen2_5_vl", frames=4))
+        ask(baseline=inputs("qwen2_5_vl", frames=5))
     with pytest.raises(UsageError, match=r"closest: .*embed\.hook_out"):
         layer_integrated_gradients(model, x, "embed.hookout", baseline="mean", target=30)
 

@@ -186,6 +186,15 @@ def test_models_lists_checkpoints_of_every_family(capsys) -> None:
     assert seven["kv_kb_per_position"] == pytest.approx(57.344, abs=0.01)
 
 
+def test_doctor_predicts_memory(capsys, model) -> None:
+    code, out, err = vlab(capsys, "doctor", model, "-n", "4", "--device", "cpu", "--json")
+    memory = json.loads(out)["memory"]
+    assert memory["weights"] == 4 * sum(p.numel() for p in families.build("llava_onevision").parameters())
+    assert memory["total"] > memory["weights"] + memory["kv"] and memory["positions"] > 4 * 9
+    code, out, err = vlab(capsys, "doctor", model, "-n", "4")
+    assert f"{memory['positions']} positions" in out and "weights" in out
+
+
 def test_doctor_names_a_foreign_lab(capsys, tmp_path, monkeypatch) -> None:
     code, out, _ = vlab(capsys, "doctor", "--json")
     found = {f["what"]: f for f in json.loads(out)["findings"]}
@@ -222,6 +231,8 @@ WRONG = [
     (["ask", "{video}", "q", "--frames", "many"], 2, "--frames"),
     (["ask", "{video}", "q", "--colour", "red"], 2, "--colour"),
     (["asks"], 2, "asks"),
+    (["doctor", "{gone}"], 6, "/no/such/place"),
+    (["doctor", "{model}", "-n", "0"], 2, "at least 1"),
     (["trace", "{video}", "q", "-m", "{model}", "-p", "sideways", "--out", "{out}"], 2, "sideways"),
     (["trace", "{video}", "q", "-m", "{model}", "-p", "video->lost", "--out", "{out}"], 2, "closest: last"),
     (["trace", "{video}", "q", "-m", "{model}", "-w", "0", "--out", "{out}"], 2, "at least 1 layer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import random
 import sys
@@ -276,11 +277,13 @@ def video_processor(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
 
     def build(module: str, name: str, **changes: Any) -> Any:
-        path = f"transformers.models.{module}.video_processing_{module}"
-        monkeypatch.delitem(sys.modules, path, raising=False)
-        kind = getattr(importlib.import_module(path), name)
-        monkeypatch.delitem(sys.modules, path)  # built on the stand-in: not for anybody else
-        return kind(do_convert_rgb=False, do_sample_frames=False, **changes)
+        spec = importlib.util.find_spec(f"transformers.models.{module}.video_processing_{module}")
+        assert spec is not None and spec.loader is not None
+        built = importlib.util.module_from_spec(
+            spec
+        )  # not registered: built on the stand-in, for nobody else
+        spec.loader.exec_module(built)
+        return getattr(built, name)(do_convert_rgb=False, do_sample_frames=False, **changes)
 
     return build
 

@@ -240,3 +240,12 @@ def test_keys_must_differ() -> None:
     unique(["a", "b"])
     with pytest.raises(ConfigError, match="item id 'a' stands twice among 3"):
         unique(["a", "b", "a"], "item id")
+
+
+def test_a_recipe_that_cannot_be_read_back_starts_no_run(tmp_path: Path) -> None:
+    class Local(Recipe):
+        pass
+
+    with pytest.raises(ConfigError), Run(tmp_path, Local()):
+        pass
+    assert not (tmp_path / "journal.jsonl").exists() and not (tmp_path / "recipe.yaml").exists()

@@ -15,6 +15,7 @@ import pytest
 from matplotlib.collections import QuadMesh
 
 from lab.errors import UsageError
+from lab.recipe import Recipe
 from lab.result import Result
 from lab.view.draw import (
     CONFIG,
@@ -376,8 +377,31 @@ def test_the_page_asks_the_network_for_nothing(page: str) -> None:
     assert style is not None and "url(" not in style[1] and "@import" not in style[1]
 
 
-def test_no_upload_button() -> None:
+def test_no_upload_button_and_no_cdn_however_a_figure_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    fig, shown = to_plotly(ALL["heat"]), []
     assert "sendChartToCloud" in CONFIG["modeBarButtonsToRemove"] and CONFIG["displaylogo"] is False
+    for page in (fig.to_html(), fig._repr_html_()):
+        assert '"modeBarButtonsToRemove": ["sendChartToCloud"' in page and "cdn.plot.ly/plotly" not in page
+    monkeypatch.setattr("plotly.io.show", lambda *args, **kwargs: shown.append(kwargs["config"]))
+    monkeypatch.setattr("plotly.io.renderers.render_on_display", True)
+    monkeypatch.setattr("plotly.io.renderers.default", "plotly_mimetype")
+    fig._ipython_display_()
+    fig.show()
+    assert shown == [CONFIG, CONFIG]
+
+
+def test_a_figure_names_the_recipe_that_made_it() -> None:
+    recipe = known_recipe()
+    spec = figure_spec(Result(1.0, (), {}, "x", recipe))  # type: ignore[arg-type]
+    assert spec.recipe_id == recipe.id and figure_spec(table()).recipe_id == ""
+
+
+def known_recipe() -> Recipe:
+    class SomeRecipe(Recipe):
+        strength: float = 1e-7
+        name: str = "\u00e9"
+
+    return SomeRecipe()
 
 
 def test_the_page_can_be_read_without_seeing_or_a_mouse(page: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lab.errors import RunError, UsageError
 from lab.model.door import Door
+from lab.model.layout import lay_out
 from lab.model.ready import Ready
 from lab.model.run import Edges, Run
 from lab.model.videollm import VideoLLM
@@ -71,11 +72,11 @@ class Forward:
 
 @torch.no_grad()
 def arrived(model: VideoLLM, ready: Ready) -> tuple[Door, tuple[Any, ...]]:
-    """The state at the door and the token maps. Raises RunError for plans that hook or write the stream's outputs."""
+    """The state at the door, before `embed.hook_out`, and the token maps. Raises RunError for plans with hooks."""
     if ready.plan.hooks:
         raise RunError("captum runs the decoder many times: open the mechanism's hooks yourself with model.hooks(...)")
     with model.lock.shared():
-        return model.arrive(ready)
+        return lay_out(model, ready, model.see(ready), ready.plan)
 
 
 @dataclass(frozen=True)

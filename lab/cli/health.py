@@ -23,14 +23,14 @@ class Finding:
     says: str
 
 
-def check(model: str | None, frames: int, dtype: str | None) -> Reply:
+def check(model: str | None, frames: int, dtype: str | None, device: str | None) -> Reply:
     """All findings, and with a model the memory predicted for `frames` frames."""
     versions = about()
     findings = [*_packages(versions), *_machine(), _video(), *_widgets(), _shadows(sys.path)]
     data: dict[str, Any] = {"versions": versions, "findings": [vars(f) for f in findings]}
     text = table(("", "looked at", "found"), [(f.state, f.what, f.says) for f in findings])
     if model is not None:
-        data["memory"], more = _memory(model, frames, dtype)
+        data["memory"], more = _memory(model, frames, dtype, device)
         text += f"\n\n{more}"
     return Reply(data, text, int(any(f.state == "problem" for f in findings)))
 
@@ -117,9 +117,9 @@ def _shadows(path: list[str]) -> Finding:
     return Finding("names", "ok", f"no foreign package named {', '.join(OURS)} on the path")
 
 
-def _memory(model: str, frames: int, dtype: str | None) -> tuple[dict[str, Any], str]:
+def _memory(model: str, frames: int, dtype: str | None, device: str | None) -> tuple[dict[str, Any], str]:
     from lab.model.memory import predict
 
-    parts: dict[str, Any] = dict(predict(model, n_frames=frames, dtype=dtype))
-    rows = [(name, gigabytes(n)) for name, n in parts.items()]
-    return parts, f"{model} with {frames} frames:\n{table(('', 'memory'), rows)}"
+    found = predict(model, n_frames=frames, dtype=dtype, device=device)
+    head = f"{model}, {frames} frames, {found.positions} positions: {gigabytes(found.total)} at the peak"
+    return {**found, "positions": found.positions, "extras": found.extras}, f"{head}\n{found}"

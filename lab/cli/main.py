@@ -205,13 +205,14 @@ def doctor(
         str | None, typer.Argument(metavar="[MODEL]", help="Also predict the memory this model takes.")
     ] = None,
     frames: Annotated[int, typer.Option("--frames", "-n", metavar="N", help="Frames to predict for.")] = 8,
+    device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Check versions, devices and widgets; with MODEL, predict the memory for weights, cache and activations."""
     from lab.cli import health
 
-    _finish(lambda: health.check(model, frames, dtype), as_json)
+    _finish(lambda: health.check(model, frames, dtype, device), as_json)
 
 
 def main(args: Sequence[str]) -> int:

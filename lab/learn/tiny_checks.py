@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-
 from lab.carriers import VideoQA
 from lab.learn.tiny_data import FRAMES, Prompts, shrink, to_pixels
 from lab.sim.clips import write_mp4

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 SPECIAL: tuple[str, ...] = ("<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 
-WORDS = """
+TEXT = """
 question options option only give the best answer user assistant system video clip frame frames image picture
 which way direction does do did is are was were be been has have had will would can could should may must
 what where when who whom whose why how many much often long far fast the a an this that these those it its they them
@@ -42,7 +42,8 @@ crossed follow follows followed push pushes pull pulls drop drops fall falls fel
 opens opened close closes closed put puts take takes took pick picks hold holds big small large little tall short wide
 narrow round flat new old light dark bright slow quick speed distance size position place path i you we me my your
 ok please correct wrong
-""".split()
+"""
+WORDS: tuple[str, ...] = tuple(TEXT.split())
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"

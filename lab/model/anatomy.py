@@ -62,7 +62,9 @@ def layer_parts(lm: nn.Module) -> tuple[LayerParts, ...]:
     """The modules of every decoder layer. Raises ModelError for layer kinds whose masks we do not know."""
     config = text_config(lm)
     layers = cast(nn.ModuleList, lm.layers)
-    kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * len(layers))
+    # without layer_types (Mistral) a window, where there is one, holds for all layers
+    usual = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    kinds = list(getattr(config, "layer_types", None) or [usual] * len(layers))
     return tuple(_parts(layer, i, kinds[i], config) for i, layer in enumerate(layers))
 
 
@@ -76,12 +78,21 @@ def _parts(layer: nn.Module, index: int, kind: str, config: Any) -> LayerParts:
     n_heads, d_head = config.num_attention_heads, head_size(config)
     if q is not None and not _shaped(attn, n_heads, d_head):
         q = k = None
+    after_attn, after_mlp = _sandwich(layer)
     return LayerParts(
-        layer=layer, index=index, attn=attn, mixer=mixer, mlp=_first(layer, "mlp", "feed_forward", "block_sparse_moe"),
+        layer=layer, index=index, attn=attn, mixer=mixer, mixed=after_attn or attn or mixer,
+        mlp=after_mlp or _first(layer, "mlp", "feed_forward", "block_sparse_moe"),
         q=q, k=k, o=_first(attn, "o_proj", "out_proj"), n_heads=n_heads,
         n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads, d_head=d_head,
         window=window, causal=bool(getattr(attn, "is_causal", True)),
     )  # fmt: skip
+
+
+def _sandwich(layer: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Norms that follow attention and MLP inside the residual branch (GLM-4, Gemma), or (None, None)."""
+    mlp = _first(layer, "post_mlp_layernorm", "post_feedforward_layernorm")
+    attn = _first(layer, "post_self_attn_layernorm", "post_attention_layernorm") if mlp is not None else None
+    return attn, mlp
 
 
 def _first(module: nn.Module | None, *names: str) -> nn.Module | None:
@@ -132,3 +143,19 @@ def model_config(hf: nn.Module, lm: nn.Module) -> ModelConfig:
         dtype=weight.dtype, device=weight.device, normalization_type="RMS" if norm_is_rms else "LN",
         final_rms=norm_is_rms, n_deepstack=len(deep),
     )  # fmt: skip
+
+
+def forget_capturing_hooks(hf: nn.Module) -> None:
+    """Take off the hooks transformers puts on lazily to collect hidden states; its next call puts them on again.
+
+    They are local functions, which cannot be pickled.
+    """
+    for module in hf.modules():
+        hooks = module._forward_hooks
+        for key in [k for k, f in hooks.items() if getattr(f, "__module__", "") == _CAPTURING]:
+            del hooks[key]
+        if "_output_capturing_hooks_installed" in module.__dict__:
+            cast(Any, module)._output_capturing_hooks_installed = False
+
+
+_CAPTURING = "transformers.utils.output_capturing"

@@ -86,6 +86,10 @@ def _door(arrived: dict[str, Any]) -> Door:
     if rope is None:
         rope = torch.arange(embeds.shape[1], device=embeds.device)[None]
     mask = arrived.get("attention_mask")
+    if isinstance(mask, dict):
+        raise ModelError(
+            "this decoder brings masks of its own (e.g. bidirectional image blocks), which the lab does not know"
+        )
     pad = None if mask is None or bool(mask.all()) else mask.bool()
     return Door(embeds, rope, pad, _deep(arrived, embeds))
 

@@ -26,7 +26,7 @@ CPU_OVERHEAD = 40 * MIB  # MKL's and oneDNN's buffers, tokenizer, Python objects
 CUDA_OVERHEAD = (
     600 * MIB
 )  # CUDA context (about 500) and cuBLAS workspaces; torch's own counters leave them out
-SEPARATOR_CHARS = 3.0  # characters a token, in labels and timestamps between frames
+LABEL_CHARS = 3  # characters a token, in labels and timestamps between frames
 LINES = ("weights", "inputs", "tower", "kv", "activations", "overhead", "loading", "total")
 
 
@@ -212,7 +212,9 @@ def _frames(n: int, width: int, height: int, device: str) -> Frames:
     return Frames(pixels, torch.arange(n) / 2, torch.arange(n), 2.0, n / 2, "predicted")
 
 
-def _pixels(family: Family, config: Any, preprocessor: Any, shape: tuple[int, int, int]) -> tuple[Frames, Any, Any]:
+def _pixels(
+    family: Family, config: Any, preprocessor: Any, shape: tuple[int, int, int]
+) -> tuple[Frames, Any, Any]:
     """What the family makes of such frames: on the meta device at no cost, on the CPU where it reads its own numbers."""
     try:
         frames = _frames(*shape, "meta")
@@ -222,14 +224,17 @@ def _pixels(family: Family, config: Any, preprocessor: Any, shape: tuple[int, in
         return frames, *family.pixels(frames, config, preprocessor)
 
 
-def _video(family: Family, config: Any, preprocessor: Any, shape: tuple[int, int, int], text_tokens: int) -> _Video:
+def _video(
+    family: Family, config: Any, preprocessor: Any, shape: tuple[int, int, int], text_tokens: int
+) -> _Video:
     try:
         frames, inputs, grid = _pixels(family, config, preprocessor, shape)
     except UsageError:
         return _unknown_video(config, shape, text_tokens)
-    labels = sum(-(-len(s.text) // SEPARATOR_CHARS) for s in family.video_spans(frames, grid) if s.text)
+    texts = [s.text for s in family.video_spans(frames, grid) if s.text]
+    labels = sum(1 if t in family.marks else -(-len(t) // LABEL_CHARS) for t in texts)
     pixels = next(v for k, v in inputs.items() if k.startswith("pixel_values"))
-    positions = len(grid) + int(labels) + text_tokens
+    positions = len(grid) + labels + text_tokens
     return _Video(frames.pixels.nbytes, pixels.numel(), _patches(config, pixels), len(grid), positions)
 
 
@@ -305,15 +310,16 @@ def _mlp_width(c: Any) -> int:
     return max(getattr(c, "intermediate_size", 0) or 0, expert * (getattr(c, "num_experts_per_tok", 1) or 1))
 
 
-def _tower(s: _Sizes, patches: int) -> int:
-    """Elements alive at once in a tower layer: in attention, or in the MLP (earlier layers leave nothing behind).
+def _tower(s: _Sizes, patches: int, size: int) -> int:
+    """Bytes alive at once in a tower layer: in attention, or in the MLP (earlier layers leave nothing behind).
 
-    Attention: layer input, its norm, q, k, v, the heads' output, its contiguous copy, the projection: 8 widths; rope
-    adds rotated q and k and a half-turned copy. MLP: 4 widths of residual stream and 2 or 3 of its own.
+    Attention: layer input, its norm, q, k, v, the heads' output, its contiguous copy, the projection: 8 widths. Rope is
+    computed in float32: rotated and half-turned copies, and in half precision q and k themselves once more.
+    MLP: 4 widths of residual stream and 2 or 3 of its own.
     """
-    attention = (11 if s.tower_rope else 8) * s.tower_d
+    rope = (12 if size == 4 else 20) * s.tower_d if s.tower_rope else 0
     mlp = 4 * s.tower_d + (3 if s.tower_gated else 2) * s.tower_mlp
-    return patches * max(attention, mlp)
+    return patches * max(8 * s.tower_d * size + rope, mlp * size)
 
 
 def _connector(s: _Sizes, video: _Video) -> int:
@@ -356,7 +362,7 @@ def _estimate(
     activations = (_decoder(s, rows) + n * s.d * (1 + s.deep) + 2 * s.vocab) * size
     activations += _masked(s, rows, n, size) if rows < n else 0
     pixels = video.pixels * 4  # made as float32; the tower takes a copy in its own dtype
-    tower = max(_tower(s, video.patches), _connector(s, video)) * size + n * s.d * size
+    tower = max(_tower(s, video.patches, size), _connector(s, video) * size) + n * s.d * size
     tower += video.pixels * size if not cpu or size != 4 else 0
     inputs = pixels + video.frame_bytes if cpu else pixels
     file = weights // size * (torch.finfo(held).bits // 8) if held != dtype and cpu else 0

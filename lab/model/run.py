@@ -29,7 +29,10 @@ class LayerParts:
     index: int
     attn: nn.Module | None
     mixer: nn.Module | None
-    mlp: nn.Module | None
+    mixed: (
+        nn.Module | None
+    )  # the module whose output is added to the stream: attn, mixer, or the norm after it
+    mlp: nn.Module | None  # likewise: the MLP, or the norm after it
     q: nn.Module | None  # its output is the pre-RoPE query: q_norm if there is one, else q_proj
     k: nn.Module | None
     o: nn.Module | None
@@ -68,7 +71,7 @@ class Call:
         """The HookPoint that this module's output goes through."""
         if module is self.parts.mlp:
             return self.block.hook_mlp_out
-        return self.block.mixer.hook_out if module is self.parts.mixer else None
+        return None
 
 
 class AtDoor(Exception):
@@ -171,10 +174,10 @@ def pre_rope(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
 def attn_out(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of self-attention: attn_out, and a writable resid_mid (the change rides on attn_out)."""
     call = CURRENT.get()
-    if not isinstance(call, Call) or module not in (call.parts.attn, call.parts.mixer):
+    if not isinstance(call, Call) or module is not call.parts.mixed:
         return None
     value = output[0] if isinstance(output, tuple) else output
-    own = call.block.hook_attn_out if module is call.parts.attn else call.block.mixer.hook_out
+    own = call.block.hook_attn_out if call.parts.attn is not None else call.block.mixer.hook_out
     new = own(value)
     if watched(call.block.hook_resid_mid):
         mid = call.resid_pre.to(new.device) + new

@@ -120,9 +120,11 @@ class VideoLLM(HookedRootModule):
         if connector is not None:
             connector.register_forward_hook(through, prepend=True)
         for p in self.parts:
-            for attn in (m for m in (p.attn, p.mixer) if m is not None):
-                attn.register_forward_pre_hook(enter_attention, with_kwargs=True, prepend=True)
-                attn.register_forward_hook(attn_out, prepend=True)
+            mixing = p.attn or p.mixer
+            if mixing is not None:
+                mixing.register_forward_pre_hook(enter_attention, with_kwargs=True, prepend=True)
+            if p.mixed is not None:
+                p.mixed.register_forward_hook(attn_out, prepend=True)
             for proj in (m for m in (p.q, p.k) if m is not None):
                 proj.register_forward_hook(pre_rope, prepend=True)
             if p.mlp is not None:
@@ -143,6 +145,8 @@ class VideoLLM(HookedRootModule):
         cast(Any, self.hf).set_attn_implementation({**keep, "text_config": name})
 
     def __getstate__(self) -> dict[str, Any]:
+        with self.lock.alone():
+            anatomy.forget_capturing_hooks(self.hf)
         return {k: v for k, v in self.__dict__.items() if k != "lock"}  # a lock cannot be copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:

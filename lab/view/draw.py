@@ -10,13 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-
 from lab.errors import UsageError
 from lab.result import Result
 from lab.view.matplotlib_out import SUFFIXES, save_image, to_matplotlib
 from lab.view.pages import Answer, report
-from lab.view.plotly_out import CONFIG, to_plotly
+from lab.view.plotly_out import CONFIG, Figure, to_plotly
 from lab.view.specs import FigureSpec, figure_spec, share_limits
 
 __all__ = [
@@ -24,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def show(what: Result | FigureSpec, **options: Any) -> go.Figure:
+def show(what: Result | FigureSpec, **options: Any) -> Figure:
     """The plotly figure of a Result; options as in `figure_spec`. A notebook shows it when it ends a cell."""
     return to_plotly(_spec(what, options))
 

@@ -104,7 +104,7 @@ def _lines(ax: Axes, spec: FigureSpec) -> None:
             color=s.colour,
             marker=s.marker,
             linestyle=s.dash,
-            markersize=4.5,
+            markersize=4.5 if len(x) <= 40 else 2.5,
             linewidth=1.6,
             label=name,
         )

@@ -267,8 +267,9 @@ def _csv_link(result: Result, i: int) -> str:
 
 def _recipe(i: int, recipe: dict[str, Any]) -> str:
     more = f" {i}" if i > 1 else ""
+    again = "<code>vlab run recipe.yaml</code> gives the same numbers." if "kind" in recipe else ""
     return f"""<section aria-labelledby="recipe-{i}"><h2 id="recipe-{i}">Recipe{more}</h2>
-<p>Save this as <code>recipe.yaml</code>; <code>vlab run recipe.yaml</code> gives the same numbers.</p>
+<p>{"Save this as <code>recipe.yaml</code>; " + again if again else "What made these numbers."}</p>
 <div class="recipe"><button type="button" class="button copy" data-copy="yaml-{i}">Copy</button>
 <span class="hidden" role="status" aria-live="polite"></span>
 <pre id="yaml-{i}" tabindex="0">{_e(as_yaml(recipe))}</pre></div></section>"""

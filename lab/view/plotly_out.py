@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+import plotly.io as pio
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -26,9 +27,31 @@ CONFIG: dict[str, Any] = {
 THUMBNAIL = 240  # pixels of the longer side of a frame below a strip
 
 
-def to_plotly(spec: FigureSpec) -> go.Figure:
-    """The figure as plotly draws it. Show it with `fig.show(config=CONFIG)`: without, plotly adds an upload button."""
-    fig = go.Figure()
+class Figure(go.Figure):
+    """A plotly figure that shows itself without plotly's upload button and without loading anything from the network."""
+
+    def show(self, *args: Any, **kwargs: Any) -> None:
+        super().show(*args, **{"config": CONFIG, **kwargs})
+
+    def to_html(self, *args: Any, **kwargs: Any) -> str:
+        return str(super().to_html(*args, **{"config": CONFIG, **kwargs}))
+
+    def write_html(self, *args: Any, **kwargs: Any) -> None:
+        super().write_html(*args, **{"config": CONFIG, **kwargs})
+
+    def _ipython_display_(self) -> None:  # a figure that ends a notebook cell
+        if pio.renderers.render_on_display and pio.renderers.default:
+            self.show()
+        else:
+            print(repr(self))
+
+    def _repr_html_(self) -> str:  # hosts that are no notebook; plotly's own would load plotly.js from a CDN
+        return self.to_html(full_html=False, include_plotlyjs=True)
+
+
+def to_plotly(spec: FigureSpec) -> Figure:
+    """The figure as plotly draws it."""
+    fig = Figure()
     {"lines": _lines, "heat": _heat, "strip": _strip, "table": _table}[spec.kind](fig, spec)
     fig.update_layout(
         template="none",
@@ -57,7 +80,7 @@ def picture_uri(pixels: NDArray[np.uint8], longest: int = THUMBNAIL) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def _lines(fig: go.Figure, spec: FigureSpec) -> None:
+def _lines(fig: Figure, spec: FigureSpec) -> None:
     x, values = spec.x_numbers(), spec.masked()
     for i, name in enumerate(spec.series):
         if spec.low is not None and spec.high is not None:
@@ -93,7 +116,7 @@ def _curve(spec: FigureSpec, x: list[float], y: NDArray[Any], i: int, name: str)
         ]
     return go.Scatter(
         x=x, y=y, name=_safe(name), mode="lines+markers", legendgroup=str(i), connectgaps=False, customdata=shown,
-        line={"color": s.colour, "dash": s.plotly_dash, "width": 2.2}, marker={"symbol": s.symbol, "size": 7},
+        line={"color": s.colour, "dash": s.plotly_dash, "width": 2.2}, marker={"symbol": s.symbol, "size": 7 if len(x) <= 40 else 4},
         hovertemplate=f"<b>%{{y:.4g}}</b>{interval}<extra>{_safe(name)}</extra>",
     )  # fmt: skip
 
@@ -114,7 +137,7 @@ def _band(x: list[float], low: NDArray[Any], high: NDArray[Any], i: int) -> go.S
     )  # fmt: skip
 
 
-def _heat(fig: go.Figure, spec: FigureSpec) -> None:
+def _heat(fig: Figure, spec: FigureSpec) -> None:
     places = {"x": list(range(len(spec.x))), "y": list(range(len(spec.series)))}
     shown = np.array([[[y, text(x)] for x in spec.x] for y in spec.series], dtype=object)
     where = f"{_safe(spec.y_label)} %{{customdata[0]}}, {_safe(spec.x_label)} %{{customdata[1]}}"
@@ -139,7 +162,7 @@ def _heat(fig: go.Figure, spec: FigureSpec) -> None:
     fig.update_layout(height=int(np.clip(160 + 22 * len(spec.series), 300, 760)))
 
 
-def _strip(fig: go.Figure, spec: FigureSpec) -> None:
+def _strip(fig: Figure, spec: FigureSpec) -> None:
     m = mosaic(spec)
     places = {"x": m.x, "y": m.y}
     shown = _strip_hover(spec, m.z.shape)
@@ -179,7 +202,7 @@ def _strip_hover(spec: FigureSpec, shape: tuple[int, int]) -> NDArray[Any]:
     return shown
 
 
-def _table(fig: go.Figure, spec: FigureSpec) -> None:
+def _table(fig: Figure, spec: FigureSpec) -> None:
     columns = [list(c) for c in zip(*spec.rows, strict=True)] if spec.rows else [[] for _ in spec.columns]
     header = {"values": [_safe(c) for c in spec.columns], "align": "left"}
     fig.add_trace(
