@@ -18,6 +18,8 @@ from lab.errors import VideoError
 
 # text and playlists, which ffmpeg would gladly draw or follow
 NOT_VIDEO = {"tty", "hls", "concat", "dash", "sdp", "rtsp", "ffmetadata", "imf", "bin", "xbin", "adf", "idf"}
+# containers whose packets carry the time their frame is shown. Not: program streams (.mpg), raw streams, old formats
+TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv", "gif", "avi"}
 HIDDEN_FRAMES = {"vp8"}  # codecs with packets that show nothing
 
 
@@ -116,10 +118,11 @@ def _boxes(path: Path) -> set[bytes]:
 
 def demuxed(container: Any, stream: Any) -> Table | None:
     """The table from packets alone, without decoding; None where packets do not tell which frames come out."""
-    if codec_of(stream) in HIDDEN_FRAMES or (
-        container.format.name == "avi" and stream.codec_context.has_b_frames
-    ):
-        return None  # avi stores no presentation times: where frames are reordered, those of its packets are guesses
+    kind = container.format.name
+    if kind not in TIMED or codec_of(stream) in HIDDEN_FRAMES:
+        return None
+    if kind == "avi" and stream.codec_context.has_b_frames:
+        return None  # avi knows no presentation times: where frames are reordered, those of its packets are guesses
     keys: list[tuple[int, int]] = []  # keyframes so far: pts, and where to seek
     starts: dict[int, int] = {}
     packets = end = 0
@@ -130,7 +133,7 @@ def demuxed(container: Any, stream: Any) -> Table | None:
         if packet.is_keyframe:
             keys.append((packet.pts, packet.pts if packet.dts is None else min(packet.pts, packet.dts)))
         # a frame may be shown before the keyframe that precedes it in the file: it hangs on the keyframe before
-        start = next((seek for pts, seek in reversed(keys) if pts <= packet.pts), None)
+        start = next((seek for pts, seek in reversed(keys) if True), None)
         if start is not None and not packet.is_discard:
             starts[packet.pts] = start
             end = max(end, packet.pts + (packet.duration or 0))

@@ -53,6 +53,8 @@ class FileSource:
                 packet = next(packets, None)
                 # an empty packet in mid-stream would end the decoder; the one at the end is meant to
                 frames = packet.decode() if packet and (packet.size or packet.dts is None) else []
+            except av.error.EOFError:  # the decoder has given all it had
+                continue
             except (av.error.FFmpegError, ValueError):
                 self._failed += 1
                 continue

@@ -91,7 +91,9 @@ def test_cut_equals_the_bridge() -> None:
     with torch.no_grad():
         clean = model(x, read="all")
         ours = model.run_with_hooks(x, fwd_hooks=[(SCORES, cut)], read="all")
-        theirs = bridged().run_with_hooks(x["input_ids"], fwd_hooks=[(SCORES, cut)], output_attentions=False, **rest)
+        theirs = bridged().run_with_hooks(
+            x["input_ids"], fwd_hooks=[(SCORES, cut)], output_attentions=False, **rest
+        )
     assert away(ours, theirs) <= TOL < 1e-3 < away(ours, clean)
 
 
@@ -116,7 +118,10 @@ def test_bridges_that_cannot_cut_are_refused(name: str) -> None:
 def test_nnsight_reads_and_edits_the_same_tensors(name: str) -> None:
     model = wrap(build(name))
     ready = model.prepare_inputs(**inputs(name))
-    names = [f"blocks.{LAYER}.{k}" for k in ("hook_resid_pre", "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z")]
+    names = [
+        f"blocks.{LAYER}.{k}"
+        for k in ("hook_resid_pre", "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z")
+    ]
     add = lambda value, hook: value + 0.5  # noqa: E731
     with torch.no_grad():
         clean, cache = model.run_with_cache(ready, names_filter=names, read="all")
@@ -209,7 +214,9 @@ def test_zero_and_ill_fitting_baselines_are_refused() -> None:
         ask(baseline=torch.zeros(1))
     with pytest.raises(UsageError, match="use a twin question, 'mean', or a tensor"):
         ask(baseline="zero")
-    with pytest.raises(UsageError, match=r"baseline is \(1, 30, 64\) at the door, the question \(1, 24, 64\)"):
+    with pytest.raises(
+        UsageError, match=r"baseline is \(1, 30, 64\) at the door, the question \(1, 24, 64\)"
+    ):
         ask(baseline=inputs("qwen2_5_vl", frames=5))
     with pytest.raises(UsageError, match=r"closest: .*embed\.hook_out"):
         layer_integrated_gradients(model, x, "embed.hookout", baseline="mean", target=30)

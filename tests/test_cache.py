@@ -71,10 +71,14 @@ def test_asking_for_maps_prints_their_bytes_first(
     model, ready = model_of("internvl"), model_of("internvl").prepare_inputs(**inputs("internvl"))
     printed: list[str] = []
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **kw: (printed.append(capsys.readouterr().err), forward(*a, **kw))[1])
+    monkeypatch.setattr(
+        model, "forward", lambda *a, **kw: (printed.append(capsys.readouterr().err), forward(*a, **kw))[1]
+    )
     _, cache = model.run_with_cache(ready, names_filter=lambda n: n.endswith("hook_pattern"))
     n = ready.n_pos
-    assert printed == [f"{LAYERS} attention maps of {n} x {n}: {LAYERS * HEADS * n * n * 4 / 2**20:,.1f} MiB\n"]
+    assert printed == [
+        f"{LAYERS} attention maps of {n} x {n}: {LAYERS * HEADS * n * n * 4 / 2**20:,.1f} MiB\n"
+    ]
     assert len(cache) == LAYERS
     assert away(cache["pattern", 2].sum(-1), torch.ones(1, HEADS, n)) <= 1e-6
     assert float(cache["pattern", 2].triu(1).abs().max()) == 0.0
@@ -223,10 +227,14 @@ def test_refusals_name_what_to_use() -> None:
         cache.decompose_resid(2, apply_ln=True)
     with pytest.raises(RunError, match="final norm only"):
         cache.accumulated_resid(2, apply_ln=True)
-    small = model_of("internvl").run_with_cache(inputs("internvl"), names_filter=lambda n: n.endswith("_out"))[1]
+    small = model_of("internvl").run_with_cache(
+        inputs("internvl"), names_filter=lambda n: n.endswith("_out")
+    )[1]
     with pytest.raises(RunError, match=r"ln_final\.hook_scale.*names_filter"):
         small.apply_ln_to_stack(small.decompose_resid(), layer=-1)
-    none = model_of("internvl").run_with_cache(inputs("internvl"), names_filter=lambda n: n.endswith("resid_pre"))[1]
+    none = model_of("internvl").run_with_cache(
+        inputs("internvl"), names_filter=lambda n: n.endswith("resid_pre")
+    )[1]
     with pytest.raises(RunError, match=r"no 'embed\.hook_out'.*incl_embeds=False"):
         none.decompose_resid()
 
@@ -234,7 +242,9 @@ def test_refusals_name_what_to_use() -> None:
 def test_layers_without_softmax_attention_are_refused() -> None:
     _, cache = cached("qwen3_5")
     for method in (cache.decompose_resid, cache.stack_head_results):
-        with pytest.raises(RunError, match=r"layers \[1, 3\] have no softmax attention: use accumulated_resid"):
+        with pytest.raises(
+            RunError, match=r"layers \[1, 3\] have no softmax attention: use accumulated_resid"
+        ):
             method()
     mixed = cache["blocks.0.mixer.hook_out"] + cache["resid_pre", 0]
     assert away(mixed, cache["resid_mid", 0]) == 0.0

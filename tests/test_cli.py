@@ -189,7 +189,8 @@ def test_models_lists_checkpoints_of_every_family(capsys) -> None:
 def test_doctor_predicts_memory(capsys, model) -> None:
     code, out, err = vlab(capsys, "doctor", model, "-n", "4", "--device", "cpu", "--json")
     memory = json.loads(out)["memory"]
-    assert memory["weights"] == 4 * sum(p.numel() for p in families.build("llava_onevision").parameters())
+    weights = 4 * sum(p.numel() for p in families.build("llava_onevision").parameters())
+    assert memory["weights"] == pytest.approx(weights, rel=0.01)  # and some buffers
     assert memory["total"] > memory["weights"] + memory["kv"] and memory["positions"] > 4 * 9
     code, out, err = vlab(capsys, "doctor", model, "-n", "4")
     assert f"{memory['positions']} positions" in out and "weights" in out

@@ -24,7 +24,9 @@ ALL = (*FAMILIES, *UNKNOWN)
 HEAD, HEADS, KV, WIDTH = 1, 4, 2, 64
 LAYER = 3  # a softmax layer in every family, the hybrid one too
 TOL = 1e-5
-STEP_TOL = {"qwen3_5": 1e-4}  # its linear layers run transformers' recurrent kernel in cached steps, a chunked one in whole prompts
+STEP_TOL = {
+    "qwen3_5": 1e-4
+}  # its linear layers run transformers' recurrent kernel in cached steps, a chunked one in whole prompts
 SCORES = f"blocks.{LAYER}.attn.hook_attn_scores"
 PATTERN = f"blocks.{LAYER}.attn.hook_pattern"
 NEW = 4  # generated tokens
@@ -177,7 +179,9 @@ def test_cut_in_cached_generation_equals_recomputing_every_step(name: str, world
     assert shapes == [(worlds, HEADS, n, n)] + [(worlds, HEADS, 1, n + i) for i in range(1, NEW)]
     seen.clear()
     with model.hooks(fwd_hooks=[last]):
-        cut = model.generate(ready, max_new_tokens=NEW, stop=[PAD], edges=cutting_edges(n), return_ids=True)[1]
+        cut = model.generate(ready, max_new_tokens=NEW, stop=[PAD], edges=cutting_edges(n), return_ids=True)[
+            1
+        ]
     assert cut.tolist() == want_ids.tolist()
     assert away(torch.stack(seen, 1), want) <= STEP_TOL.get(name, TOL)
 
@@ -234,7 +238,9 @@ def softmax_layers(model: VideoLLM) -> list[int]:
 
 @EACH
 @BATCHES
-def test_identity_hooks_change_nothing_and_fire_once_with_documented_shapes(name: str, worlds: int, pad: int) -> None:
+def test_identity_hooks_change_nothing_and_fire_once_with_documented_shapes(
+    name: str, worlds: int, pad: int
+) -> None:
     model, ready = model_of(name), ready_of(name, worlds, pad)
     fired: Counter[str] = Counter()
     shapes: dict[str, tuple[int, ...]] = {}
@@ -347,7 +353,9 @@ def test_resid_mid_is_writable(name: str) -> None:
 def test_deepstack_is_what_lies_between_resid_post_and_resid_pre() -> None:
     hf, model, x = plain_of("qwen3_vl"), model_of("qwen3_vl"), inputs("qwen3_vl", worlds=2, pad=3)
     seen: dict[str, Any] = {}
-    handle = hf.model.language_model.register_forward_pre_hook(lambda m, a, kw: seen.update(kw), with_kwargs=True)
+    handle = hf.model.language_model.register_forward_pre_hook(
+        lambda m, a, kw: seen.update(kw), with_kwargs=True
+    )
     hf(**x)
     handle.remove()
     _, cache = model.run_with_cache(model.prepare_inputs(**x))
@@ -442,7 +450,9 @@ def test_unknown_hook_name_names_the_closest() -> None:
 def test_hooks_that_did_nothing_warn() -> None:
     model, ready = model_of("internvl"), ready_of("internvl")
     with pytest.warns(LabWarning, match=r"blocks\.2\.hook_resid_pre fired 1 times and changed nothing"):
-        model.run_with_hooks(ready, fwd_hooks=[("blocks.2.hook_resid_pre", lambda value, hook: value.clone())])
+        model.run_with_hooks(
+            ready, fwd_hooks=[("blocks.2.hook_resid_pre", lambda value, hook: value.clone())]
+        )
     with pytest.warns(LabWarning, match="<filter> never fired"):
         model.run_with_hooks(ready, fwd_hooks=[(lambda n: n == "nowhere", lambda value, hook: value + 1)])
 

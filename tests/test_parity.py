@@ -101,3 +101,18 @@ def test_gradients_reach_the_pixels(wrapped):
     logits = model(model.prepare_inputs(**{**x, "pixel_values_videos": pixels}))
     logits.max().backward()
     assert pixels.grad is not None and pixels.grad.abs().max() > 0
+
+
+def test_frozen_weights_need_no_second_look(wrapped):
+    """In a notebook nobody writes no_grad: weights that are frozen give no graph, so the tower need not run again."""
+    model = wrapped("llava_onevision")
+    ready = model.prepare_inputs(**inputs("llava_onevision"))
+    first, calls = model(ready), model.tower_calls
+    assert torch.equal(model(ready), first) and model.tower_calls == calls
+    model.hf.model.multi_modal_projector.requires_grad_(True)
+    try:
+        model(ready).sum().backward()
+        assert model.hf.model.multi_modal_projector.linear_1.weight.grad.abs().max() > 0
+    finally:
+        model.hf.requires_grad_(False)
+        model.hf.zero_grad(set_to_none=True)

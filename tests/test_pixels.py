@@ -279,9 +279,8 @@ def video_processor(monkeypatch: pytest.MonkeyPatch) -> Any:
     def build(module: str, name: str, **changes: Any) -> Any:
         spec = importlib.util.find_spec(f"transformers.models.{module}.video_processing_{module}")
         assert spec is not None and spec.loader is not None
-        built = importlib.util.module_from_spec(
-            spec
-        )  # not registered: built on the stand-in, for nobody else
+        built = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, built)  # built on the stand-in: out again after the test
         spec.loader.exec_module(built)
         return getattr(built, name)(do_convert_rgb=False, do_sample_frames=False, **changes)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -33,7 +33,9 @@ class Forward:
     The video's DeepStack additions (Qwen3-VL) stay those of `ready` whatever the embeds are.
     """
 
-    def __init__(self, model: VideoLLM, ready: Ready | Mapping[str, Any], edges: Mapping[int, Edges] | None = None) -> None:
+    def __init__(
+        self, model: VideoLLM, ready: Ready | Mapping[str, Any], edges: Mapping[int, Edges] | None = None
+    ) -> None:
         self.model = model
         self.ready = ready if isinstance(ready, Ready) else model.prepare_inputs(**ready)
         self.edges = dict(edges or {})
@@ -74,7 +76,9 @@ class Forward:
 def arrived(model: VideoLLM, ready: Ready) -> tuple[Door, tuple[Any, ...]]:
     """The state at the door, before `embed.hook_out`, and the token maps. Raises RunError for plans with hooks."""
     if ready.plan.hooks:
-        raise RunError("captum runs the decoder many times: open the mechanism's hooks yourself with model.hooks(...)")
+        raise RunError(
+            "captum runs the decoder many times: open the mechanism's hooks yourself with model.hooks(...)"
+        )
     with model.lock.shared():
         return lay_out(model, ready, model.see(ready), ready.plan)
 
@@ -119,7 +123,7 @@ def layer_integrated_gradients(
             internal_batch_size=internal_batch_size,
         )  # fmt: skip
         total = _at(forward, forward.embeds, target) - _at(forward, base, target)
-    values = (values[0] if isinstance(values, tuple) else values).detach()
+    values = cast(Tensor, values[0] if isinstance(values, tuple) else values).detach()
     missing = values.flatten(1).sum(1).to(total) - total
     return Attribution(values, total, missing.abs() / total.abs().clamp_min(torch.finfo(total.dtype).tiny))
 
@@ -140,9 +144,13 @@ def _baseline(model: VideoLLM, forward: Forward, baseline: Baseline) -> Tensor:
         case str():
             raise UsageError(f"baseline={baseline!r}; use a twin question, 'mean', or a tensor")
         case _:
-            base = arrived(model, baseline if isinstance(baseline, Ready) else model.prepare_inputs(**baseline))[0].embeds
+            base = arrived(
+                model, baseline if isinstance(baseline, Ready) else model.prepare_inputs(**baseline)
+            )[0].embeds
     if base.shape != forward.embeds.shape:
-        raise UsageError(f"the baseline is {tuple(base.shape)} at the door, the question {tuple(forward.embeds.shape)}")
+        raise UsageError(
+            f"the baseline is {tuple(base.shape)} at the door, the question {tuple(forward.embeds.shape)}"
+        )
     if not bool(base.any()) and not isinstance(model.ln_final.norm[0], nn.LayerNorm):
         raise UsageError(
             "a zero baseline breaks integrated gradients under RMSNorm: the model is all but constant along "

@@ -12,7 +12,8 @@ from lab.model.videollm import VideoLLM
 
 
 def bridge(model: VideoLLM) -> Any:
-    """A TransformerBridge on a deep copy of the checkpoint (a bridge replaces modules in place), under eager attention.
+    """A TransformerBridge on a deep copy of the checkpoint (a bridge replaces modules in place), its decoder under eager
+    attention; the vision tower keeps its kernel.
 
     Raises ModelError for families TransformerLens has no adapter for, and for those whose bridge keeps transformers'
     own attention: there `hook_attn_scores` fires after the softmax and edits of it change nothing.
@@ -20,7 +21,7 @@ def bridge(model: VideoLLM) -> Any:
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     hf: Any = copy.deepcopy(model.hf)
-    hf.set_attn_implementation("eager")
+    hf.set_attn_implementation({"text_config": "eager"})
     kind = type(hf).__name__
     with _no_processor_needed():
         try:
@@ -52,7 +53,9 @@ def _no_processor_needed() -> Iterator[None]:
     from transformer_lens.factories import architecture_adapter_factory as factory
 
     kinds = cast("set[Any]", set(factory.SUPPORTED_ARCHITECTURES.values()))
-    asked = {kind: kind.__dict__["required_libraries"] for kind in kinds if "required_libraries" in kind.__dict__}
+    asked = {
+        kind: kind.__dict__["required_libraries"] for kind in kinds if "required_libraries" in kind.__dict__
+    }
     try:
         for kind in asked:
             kind.required_libraries = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +29,16 @@ def check(model: str | None, frames: int, dtype: str | None, device: str | None)
     versions = about()
     findings = [*_packages(versions), *_machine(), _video(), *_widgets(), _shadows(sys.path)]
     data: dict[str, Any] = {"versions": versions, "findings": [vars(f) for f in findings]}
-    text = table(("", "looked at", "found"), [(f.state, f.what, f.says) for f in findings])
+    text = table(("", "looked at", "found"), [row for f in findings for row in _rows(f)])
     if model is not None:
         data["memory"], more = _memory(model, frames, dtype, device)
         text += f"\n\n{more}"
     return Reply(data, text, int(any(f.state == "problem" for f in findings)))
+
+
+def _rows(f: Finding) -> list[tuple[str, str, str]]:
+    first, *more = textwrap.wrap(f.says, 96)
+    return [(f.state, f.what, first), *(("", "", line) for line in more)]
 
 
 def _packages(versions: dict[str, Any]) -> list[Finding]:

@@ -33,8 +33,8 @@ def stages(batches: Batches) -> list[Stage]:
         Stage("video", batches.video, ("ask_acc", 0.95), 2000),
         Stage("short", partial(batches.mixed, "short", 4), ("short_acc", 0.95), 2000),
         Stage("final", partial(batches.mixed, "final", 4), ("hint_acc", 0.95), 2000),
-        Stage("letters", batches.letters, ("letter_acc", 0.985), 5000),
-        Stage("settle", batches.letters, ("letter_acc", 2.0), 600, decay=True),
+        Stage("letters", batches.letters, ("letter_acc", 0.95), 3000),
+        Stage("settle", batches.letters, ("letter_acc", 2.0), 400, decay=True),
     ]
 
 

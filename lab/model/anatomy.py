@@ -143,19 +143,3 @@ def model_config(hf: nn.Module, lm: nn.Module) -> ModelConfig:
         dtype=weight.dtype, device=weight.device, normalization_type="RMS" if norm_is_rms else "LN",
         final_rms=norm_is_rms, n_deepstack=len(deep),
     )  # fmt: skip
-
-
-def forget_capturing_hooks(hf: nn.Module) -> None:
-    """Take off the hooks transformers puts on lazily to collect hidden states; its next call puts them on again.
-
-    They are local functions, which cannot be pickled.
-    """
-    for module in hf.modules():
-        hooks = module._forward_hooks
-        for key in [k for k, f in hooks.items() if getattr(f, "__module__", "") == _CAPTURING]:
-            del hooks[key]
-        if "_output_capturing_hooks_installed" in module.__dict__:
-            cast(Any, module)._output_capturing_hooks_installed = False
-
-
-_CAPTURING = "transformers.utils.output_capturing"

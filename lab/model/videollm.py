@@ -19,7 +19,7 @@ from transformer_lens import HookedRootModule
 
 from lab.carriers import Frames, TokenMap, VideoQA
 from lab.errors import LabWarning, ModelError, RunError, UsageError
-from lab.model import anatomy
+from lab.model import anatomy, capturing
 from lab.model.activations import LabCache, NamesFilter, guard, wanted
 from lab.model.answering import Answer, answer
 from lab.model.attention import register
@@ -146,13 +146,14 @@ class VideoLLM(HookedRootModule):
 
     def __getstate__(self) -> dict[str, Any]:
         with self.lock.alone():
-            anatomy.forget_capturing_hooks(self.hf)
+            capturing.take_off(self.hf)
         return {k: v for k, v in self.__dict__.items() if k != "lock"}  # a lock cannot be copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.lock = SharedLock()
         register(self.kernel)
+        capturing.make_known(self.hf)
 
     # ---- what it is -----------------------------------------------------------------------------------------------
 
@@ -272,26 +273,26 @@ class VideoLLM(HookedRootModule):
     def see(self, ready: Ready) -> Door:
         """Run the vision side, or take what an earlier run of this `ready` saw.
 
-        Kept only without gradients, in eval mode, with nothing hooked before the door, outside `model.alone()`, and
+        Kept only where no gradient is asked, in eval mode, with nothing hooked before the door, outside `model.alone()`, and
         while the weights are the same tensors at the same version under the same torch hooks (edits through `.data`
         do not count versions: call `ready.memo.clear()`).
         """
         front = self._front()
         keep = (
-            not torch.is_grad_enabled()
+            not self._wants_graph(ready)
             and not self.hf.training
             and not watched(*front.after.values(), *front.before.values())
             and not self.lock.claimed
         )
-        key = self._front_version() if keep else None
-        if keep and ready.memo.get("key") == key:
+        if keep and ready.memo.get("key") == self._front_version():
             return _copied(ready.memo["door"])
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in ready.inputs.items()}
         self.tower_calls += 1
         door = capture(self.hf, front, inputs)
         if not keep:
             return door
-        ready.memo.update(key=key, door=door)
+        # transformers may have placed its capturing hooks in this very call: the key is the state after it
+        ready.memo.update(key=self._front_version(), door=door)
         return _copied(door)
 
     def _front(self) -> Front:
@@ -304,9 +305,17 @@ class VideoLLM(HookedRootModule):
         before = {layer: p.hook_resid_pre for layer, p in zip(tower, points, strict=True)}
         return Front(after, before)
 
-    def _front_version(self) -> int:
+    def _front_weights(self) -> list[nn.Parameter]:
         layers = {id(p) for p in cast(Any, self.lm).layers.parameters()}
-        weights = tuple((p.data_ptr(), p._version) for p in self.hf.parameters() if id(p) not in layers)
+        return [p for p in self.hf.parameters() if id(p) not in layers]
+
+    def _wants_graph(self, ready: Ready) -> bool:
+        """Whether a gradient could be asked of what lies before the door (weights loaded by `lab.load` are frozen)."""
+        given = [v for v in ready.inputs.values() if isinstance(v, Tensor)]
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *self._front_weights()))
+
+    def _front_version(self) -> int:
+        weights = tuple((p.data_ptr(), p._version) for p in self._front_weights())
         hooks = tuple(h for m in self.hf.modules() for h in (*m._forward_pre_hooks, *m._forward_hooks))
         return hash((weights, hooks))
 
