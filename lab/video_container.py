@@ -133,7 +133,7 @@ def demuxed(container: Any, stream: Any) -> Table | None:
         if packet.is_keyframe:
             keys.append((packet.pts, packet.pts if packet.dts is None else min(packet.pts, packet.dts)))
         # a frame may be shown before the keyframe that precedes it in the file: it hangs on the keyframe before
-        start = next((seek for pts, seek in reversed(keys) if True), None)
+        start = next((seek for pts, seek in reversed(keys) if pts <= packet.pts), None)
         if start is not None and not packet.is_discard:
             starts[packet.pts] = start
             end = max(end, packet.pts + (packet.duration or 0))

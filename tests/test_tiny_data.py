@@ -1,6 +1,7 @@
 """The bundled model: its folder loads like any checkpoint, its tokenizer keeps letters apart, its numbers are true."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
 from lab.carriers import VideoQA
 from lab.learn import vocabulary
-from lab.learn.sft import Part, pack
+from lab.learn.sft import Part, Stage, Trainer, pack
 from lab.learn.tiny_checks import answers, right, through_mp4
 from lab.learn.tiny_data import FRAMES, VIDEO, Batches, Prompts, shrink, to_pixels
 from lab.learn.tiny_model import config
@@ -114,6 +115,33 @@ def test_same_step_same_batch() -> None:
     first, second = (Batches(prompts(), seed=0).video(7, worlds=2, lists=1) for _ in range(2))
     assert first.pixels is not None and second.pixels is not None
     assert torch.equal(first.pixels, second.pixels) and torch.equal(first.ids, second.ids)
+
+
+def test_resumed_training_gives_the_weights_of_an_uninterrupted_one(tmp_path) -> None:
+    def trainer(folder: str, steps: int) -> Trainer:
+        torch.manual_seed(0)
+        hf = LlavaOnevisionForConditionalGeneration(config())
+        batches = Batches(prompts(), seed=0)
+        stage = Stage("short", lambda step: batches.short(step, worlds=2), ("short_acc", 2.0), steps)
+        return Trainer(hf, [stage], tmp_path / folder, check=lambda hf: {})
+
+    whole = trainer("whole", 4)
+    whole.run()
+    trainer("parts", 2).run()
+    rest = trainer("parts", 4)
+    assert rest.resume() and rest.progress.step == 2
+    rest.progress.stage, rest.progress.stage_step = 0, 2
+    rest.run()
+    ours, theirs = whole.hf.state_dict(), rest.hf.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "journal.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "ends" in line] == [2, 4]
+
+
+def test_rate_falls_only_with_decay() -> None:
+    stage = Stage("x", lambda step: pack([]), ("x_acc", 0.5), 100, peak=1.0)
+    assert stage.rate(0) == 0.02 and stage.rate(60) == 1.0
+    assert replace(stage, decay=True).rate(100) == pytest.approx(0.1)
 
 
 def test_answers_fresh_clips_after_mp4(tmp_path) -> None:

@@ -34,7 +34,9 @@ def peak_bytes(work: Callable[[], Any], device: torch.device | str = "cpu") -> i
         torch.cuda.synchronize(device)
         del kept
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         kept = work()
     del kept
     return _peak(profile)
@@ -50,7 +52,11 @@ def _peak(profile: Any) -> int:
 
 
 def paired(
-    works: Mapping[str, Callable[[], Any]], *, pairs: int, warm: int = 2, clock: Callable[[], float] = time.process_time
+    works: Mapping[str, Callable[[], Any]],
+    *,
+    pairs: int,
+    warm: int = 2,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
     """Seconds of each work, `pairs` times, all works within every round and in alternating order.
 

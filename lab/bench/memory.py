@@ -27,7 +27,7 @@ from lab.errors import RunError
 
 BOUND = 0.15  # prediction and measurement may differ by so much
 _BASE = models.Shape(
-    d=768, mlp=2048, layers=12, heads=12, kv_heads=3, vocab=32000, tower_d=384, tower_mlp=1536, tower_layers=6,
+    d=768, mlp=2048, layers=12, heads=12, kv_heads=3, vocab=32000, tower_d=384, tower_mlp=1536, tower_layers=2,
     tower_heads=6, side=112, patch=14,
 )  # fmt: skip
 SIZES: dict[str, models.Shape] = {
@@ -74,12 +74,19 @@ def measured(folder: str | Path, shape: models.Shape, *, frames: int, dtype: str
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     if done.returncode:
-        raise RunError(f"the measured process failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        raise RunError(
+            f"the measured process failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(
-    shape: models.Shape, *, frames: int = 64, dtype: str = "float32", new: int = 4, file: torch.dtype = torch.float32
+    shape: models.Shape,
+    *,
+    frames: int = 64,
+    dtype: str = "float32",
+    new: int = 4,
+    file: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Predicted lines, measured bytes and their ratio for one random checkpoint."""
     from lab.model.memory import predict
@@ -87,15 +94,29 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         save(shape, folder, file)
         said = predict(
-            folder, n_frames=frames, dtype=dtype, device="cpu", width=shape.side, height=shape.side, new_tokens=new
+            folder,
+            n_frames=frames,
+            dtype=dtype,
+            device="cpu",
+            width=shape.side,
+            height=shape.side,
+            new_tokens=new,
         )
         seen = measured(folder, shape, frames=frames, dtype=dtype, new=new)
-    return {"predicted": dict(said), "measured": seen, "ratio": said.total / seen["peak"], "dtype": dtype, "frames": frames}
+    return {
+        "predicted": dict(said),
+        "measured": seen,
+        "ratio": said.total / seen["peak"],
+        "dtype": dtype,
+        "frames": frames,
+    }
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Measure all sizes, write, print; 1 if a prediction missed."""
-    parser = argparse.ArgumentParser(prog="python -m lab.bench.memory", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.bench.memory", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--out", help="json file; standard output without it")
     parser.add_argument("--frames", type=int, default=64)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))

@@ -66,13 +66,20 @@ def config(shape: Shape) -> Any:
     return made
 
 
-def build(shape: Shape, *, device: Any = "cpu", dtype: torch.dtype = torch.float32, attn: str = "sdpa", seed: int = 0) -> Any:
+def build(
+    shape: Shape,
+    *,
+    device: Any = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attn: str = "sdpa",
+    seed: int = 0,
+) -> Any:
     """A random model, frozen, in eval mode: made on the meta device and filled where it will run."""
     made = config(shape)
     made._attn_implementation = attn
     with torch.device("meta"):
         hf = transformers.LlavaOnevisionForConditionalGeneration(made)
-    hf = hf.to_empty(device=device).to(dtype).eval().requires_grad_(False)
+    hf = hf.to(dtype).to_empty(device=device).eval().requires_grad_(False)  # in its dtype from the start
     fill(hf, seed)
     return hf
 
@@ -100,7 +107,13 @@ def _refill(module: Any) -> None:
 
 
 def inputs(
-    shape: Shape, frames: int, *, device: Any = "cpu", dtype: torch.dtype = torch.float32, text: int = 20, seed: int = 0
+    shape: Shape,
+    frames: int,
+    *,
+    device: Any = "cpu",
+    dtype: torch.dtype = torch.float32,
+    text: int = 20,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """One video of random pixels and `text` random words round it, as a processor hands them over."""
     generator = torch.Generator().manual_seed(seed)

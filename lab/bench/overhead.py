@@ -84,7 +84,10 @@ def measure(shape: models.Shape, *, positions: int, pairs: int) -> dict[str, Any
         todo = works(plain, model, ready, x)
         difference = float((todo["forward"]() - todo["hf"]()).abs().max())
         seconds = paired(todo, pairs=pairs)
-        peaks = {name: peak_bytes(todo[name]) for name in ("hf", "hf decoder", "decoder", "resid", "pattern", "cut")}
+        peaks = {
+            name: peak_bytes(todo[name])
+            for name in ("hf", "hf decoder", "decoder", "resid", "pattern", "cut")
+        }
         kept = sum(t.nbytes for t in todo["resid"]()[1].cache_dict.values())
     ratios = {name: median_ratio(seconds, a, b) for name, (a, b) in RATIOS.items()}
     return {
@@ -103,7 +106,9 @@ def failures(result: dict[str, Any]) -> list[str]:
     ratios = result["ratios"]
     missed = [f"{n}: {ratios[n]:.3f}, target {top}" for n, top in TARGETS.items() if ratios[n] > top]
     if result["resid_extra_bytes"] > result["resid_kept_bytes"]:
-        missed.append(f"resid took {result['resid_extra_bytes']:,} bytes to keep {result['resid_kept_bytes']:,}")
+        missed.append(
+            f"resid took {result['resid_extra_bytes']:,} bytes to keep {result['resid_kept_bytes']:,}"
+        )
     if result["largest_difference_of_logits"] > 0:
         missed.append(f"logits differ by {result['largest_difference_of_logits']:.1e}")
     return missed
@@ -111,7 +116,9 @@ def failures(result: dict[str, Any]) -> list[str]:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Measure, write, print the ratios; 1 if a target was missed."""
-    parser = argparse.ArgumentParser(prog="python -m lab.bench.overhead", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.bench.overhead", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--out", help="json file; standard output without it")
     parser.add_argument("--pairs", type=int, default=11, help="rounds (default 11)")
     parser.add_argument("--positions", type=int, default=2000, help="length of the prompt (default 2000)")

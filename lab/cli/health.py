@@ -37,7 +37,7 @@ def check(model: str | None, frames: int, dtype: str | None, device: str | None)
 
 
 def _rows(f: Finding) -> list[tuple[str, str, str]]:
-    first, *more = textwrap.wrap(f.says, 96)
+    first, *more = textwrap.wrap(f.says, 96, break_long_words=False, break_on_hyphens=False)
     return [(f.state, f.what, first), *(("", "", line) for line in more)]
 
 

@@ -112,7 +112,7 @@ def _recipe(
         model=ModelSpec(**model.spec), items=(spec,), pathways=tuple(pathways or usual),
         window=window or window_for(model.cfg.n_layers),
     )  # fmt: skip
-    return recipe.at(folder)
+    return recipe.at(folder.resolve())
 
 
 def sentence(profile: Result, window: int, n_layers: int) -> str:

@@ -206,7 +206,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write weights, optimiser state and progress; replaces the last checkpoint in one move."""
-        names = {p: n for n, p in self.hf.named_parameters()}
+        names: dict[Tensor, str] = {p: n for n, p in self.hf.named_parameters()}
         tensors = {f"weight/{n}": p.detach().contiguous() for n, p in self.hf.named_parameters()}
         for p, state in self.optimiser.state.items():
             tensors |= {f"{k}/{names[p]}": v.contiguous() for k, v in state.items()}

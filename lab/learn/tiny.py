@@ -73,10 +73,17 @@ def finish(trainer: Trainer, out: Path, seed: int) -> dict[str, Any]:
         "steps": trainer.progress.step,
         "seconds": round(trainer.progress.seconds),
         "torch": torch.__version__,
+        "stages": _stages_passed(out),
         "held_out": {k: round(v, 4) for k, v in full_report(hf, load_prompts(out)).items()},
     }
     (model / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _stages_passed(out: Path) -> list[dict[str, Any]]:
+    """What the journal says about the end of each stage."""
+    lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+    return [line for line in lines if "ends" in line]
 
 
 def main() -> None:

@@ -117,6 +117,14 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def device_of(hf: nn.Module) -> torch.device:
+    """Where inputs belong: the embedding's device, or where accelerate runs it if its weights are offloaded."""
+    embedding = cast(Any, hf).get_input_embeddings()
+    at: torch.device = embedding.weight.device
+    place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return at if at.type != "meta" or place is None else torch.device(place)
+
+
 def head(hf: nn.Module) -> nn.Module:
     """The unembedding. Raises ModelError if the model has none."""
     found = cast(Any, hf).get_output_embeddings()
@@ -140,6 +148,6 @@ def model_config(hf: nn.Module, lm: nn.Module) -> ModelConfig:
         n_key_value_heads=getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
         d_model=c.hidden_size, d_head=head_size(c), d_mlp=getattr(c, "intermediate_size", 0) or 0,
         d_vocab=cast(Any, head(hf)).weight.shape[0], n_ctx=getattr(c, "max_position_embeddings", 0) or 0,
-        dtype=weight.dtype, device=weight.device, normalization_type="RMS" if norm_is_rms else "LN",
+        dtype=weight.dtype, device=device_of(hf), normalization_type="RMS" if norm_is_rms else "LN",
         final_rms=norm_is_rms, n_deepstack=len(deep),
     )  # fmt: skip

@@ -110,6 +110,6 @@ def target_logits(
         if ids.shape[1] == 1:
             return first
         embedding = model.hf.get_input_embeddings()
-        more = door.then(embedding(ids[:, :-1].to(embedding.weight.device)))
+        more = door.then(embedding(ids[:, :-1].to(model.device)))
         rest = decode(model, more, run, start=door.embeds.shape[1], cache=cache, detours=plan.detours)
         return torch.cat([first, model.read(*rest, "all")], 1)

@@ -74,7 +74,7 @@ def generate(
 def _next(model: Any, door: Door, new: Tensor) -> Door:
     """The door of one new token per world."""
     embedding = model.hf.get_input_embeddings()
-    return door.then(embedding(new.to(embedding.weight.device))[:, None])
+    return door.then(embedding(new.to(model.device))[:, None])
 
 
 def _step(model: Any, door: Door, run: Run, cache: Any, plan: Plan, at: int) -> Tensor:

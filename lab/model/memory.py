@@ -26,6 +26,7 @@ CPU_OVERHEAD = 40 * MIB  # MKL's and oneDNN's buffers, tokenizer, Python objects
 CUDA_OVERHEAD = (
     600 * MIB
 )  # CUDA context (about 500) and cuBLAS workspaces; torch's own counters leave them out
+HEAP_BLOCK = 32 * MIB  # glibc returns larger blocks at once, and keeps freed smaller ones in its heap
 LABEL_CHARS = 3  # characters a token, in labels and timestamps between frames
 LINES = ("weights", "inputs", "tower", "kv", "activations", "overhead", "loading", "total")
 
@@ -310,7 +311,7 @@ def _mlp_width(c: Any) -> int:
     return max(getattr(c, "intermediate_size", 0) or 0, expert * (getattr(c, "num_experts_per_tok", 1) or 1))
 
 
-def _tower(s: _Sizes, patches: int, size: int) -> int:
+def _tower(s: _Sizes, patches: int, size: int, cpu: bool) -> int:
     """Bytes alive at once in a tower layer: in attention, or in the MLP (earlier layers leave nothing behind).
 
     Attention: layer input, its norm, q, k, v, the heads' output, its contiguous copy, the projection: 8 widths. Rope is
@@ -318,8 +319,15 @@ def _tower(s: _Sizes, patches: int, size: int) -> int:
     MLP: 4 widths of residual stream and 2 or 3 of its own.
     """
     rope = (12 if size == 4 else 20) * s.tower_d if s.tower_rope else 0
-    mlp = 4 * s.tower_d + (3 if s.tower_gated else 2) * s.tower_mlp
-    return patches * max(8 * s.tower_d * size + rope, mlp * size)
+    attention = patches * (8 * s.tower_d * size + rope)
+    wide = patches * (3 if s.tower_gated else 2) * s.tower_mlp * size
+    kept = _kept(patches * s.tower_d * size, patches * s.tower_mlp * size, cpu)
+    return attention + wide if kept else max(attention, wide + 4 * patches * s.tower_d * size)
+
+
+def _kept(narrow: int, wide: int, cpu: bool) -> bool:
+    """Whether freed blocks of attention stay with the process while the MLP takes blocks of its own kind."""
+    return cpu and narrow <= HEAP_BLOCK < wide
 
 
 def _connector(s: _Sizes, video: _Video) -> int:
@@ -332,16 +340,19 @@ def _unpooled(s: _Sizes, video: _Video) -> int:
     return 0 if s.tower_rope else video.patches
 
 
-def _decoder(s: _Sizes, rows: int) -> int:
-    """Elements alive at once in a decoder layer over `rows` positions, beside cache and door.
+def _decoder(s: _Sizes, rows: int, size: int, cpu: bool) -> int:
+    """Bytes alive at once in a decoder layer over `rows` positions, beside cache and door.
 
-    MLP: gate, up and product; layer input, residual and norm; cos and sin. Attention: layer input and norm, q before
-    and after rope and while it is turned, k and v, the heads' output.
+    MLP: gate, up and product; layer input, residual and norm. Attention: layer input and norm, q before and after rope
+    and while it is turned, k and v, the heads' output. Both: cos and sin.
     """
     q, kv = s.heads * s.d_head, s.kv_heads * s.d_head
-    mlp = 3 * s.mlp + 3 * s.d
-    attention = 2 * s.d + 7 * q // 2 + 3 * kv
-    return rows * (max(mlp, attention) + 2 * s.d_head)
+    attention = rows * (2 * s.d + 7 * q // 2 + 3 * kv) * size
+    wide = rows * 3 * s.mlp * size
+    kept = _kept(rows * s.d * size, rows * s.mlp * size, cpu)
+    return rows * 2 * s.d_head * size + (
+        attention + wide if kept else max(attention, wide + 3 * rows * s.d * size)
+    )
 
 
 def _masked(s: _Sizes, rows: int, positions: int, size: int) -> int:
@@ -359,10 +370,10 @@ def _estimate(
     width = 2 * s.kv_heads * s.d_head * size
     # appending a row makes a longer copy of one layer's keys, then of its values
     kv = s.attention_layers * width * (n + new_tokens) + width * (n + new_tokens)
-    activations = (_decoder(s, rows) + n * s.d * (1 + s.deep) + 2 * s.vocab) * size
+    activations = _decoder(s, rows, size, cpu) + (n * s.d * (1 + s.deep) + 2 * s.vocab) * size
     activations += _masked(s, rows, n, size) if rows < n else 0
     pixels = video.pixels * 4  # made as float32; the tower takes a copy in its own dtype
-    tower = max(_tower(s, video.patches, size), _connector(s, video) * size) + n * s.d * size
+    tower = max(_tower(s, video.patches, size, cpu), _connector(s, video) * size) + n * s.d * size
     tower += video.pixels * size if not cpu or size != 4 else 0
     inputs = pixels + video.frame_bytes if cpu else pixels
     file = weights // size * (torch.finfo(held).bits // 8) if held != dtype and cpu else 0

@@ -120,7 +120,7 @@ def enter_attention(
     """Pre-hook of self-attention: take the Call that was handed to the layer.
 
     Gradient checkpointing runs the layer again after the forward has ended, when the ContextVar is gone; the Call
-    comes back with the layer's own arguments.
+    comes back with the layer's own arguments, and `leave_layer` lets go of it.
     """
     if "lab_call" not in kwargs:
         if isinstance(CURRENT.get(), Call):
@@ -129,6 +129,16 @@ def enter_attention(
     kwargs = dict(kwargs)
     CURRENT.set(kwargs.pop("lab_call"))
     return args, kwargs
+
+
+def leave_layer(module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of a layer's last module, called even if it raises (as an early-stopped recomputation does).
+
+    A Call left behind would hold a layer's tensors. (transformers 5.23 recomputes the layer's forward, past any hook
+    of the layer itself.)
+    """
+    if isinstance(CURRENT.get(), Call):
+        CURRENT.set(None)
 
 
 def through(module: nn.Module, args: Any, output: Any) -> Any:

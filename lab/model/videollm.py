@@ -42,6 +42,7 @@ from lab.model.run import (
     changed,
     enter_attention,
     into,
+    leave_layer,
     pre_rope,
     through,
     watched,
@@ -129,6 +130,7 @@ class VideoLLM(HookedRootModule):
                 proj.register_forward_hook(pre_rope, prepend=True)
             if p.mlp is not None:
                 p.mlp.register_forward_hook(through, prepend=True)
+                p.mlp.register_forward_hook(leave_layer, always_call=True)
 
     def _use_our_attention(self, lm: nn.Module) -> None:
         config: Any = anatomy.text_config(lm)
@@ -167,7 +169,7 @@ class VideoLLM(HookedRootModule):
 
     @property
     def device(self) -> torch.device:
-        return cast(Any, self.hf).get_input_embeddings().weight.device
+        return anatomy.device_of(self.hf)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -356,6 +358,8 @@ class VideoLLM(HookedRootModule):
             raise RunError(
                 "hooks see whole prompts, chunked prefill runs pieces; drop chunk=, or close the hooks"
             )
+        if size == 1 < n and door.pad is not None and any(p.attn is None for p in self.parts):
+            raise RunError("recurrent layers ignore padding in pieces of one position; use chunk=2 or more")
         detours = () if plan is None else plan.detours
         out: tuple[Tensor, Side] | None = None
         for start in range(0, n, size):
