@@ -11,11 +11,11 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from tests import families as fam
 
 from lab.bench import gpu, models, overhead
 from lab.bench.measuring import median_ratio, paired, peak_bytes
 from lab.model.zoo import load, wrap
+from tests import families as fam
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]

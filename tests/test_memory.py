@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests import families as fam
 
 from lab.bench import models
 from lab.bench.measuring import peak_bytes
@@ -15,6 +14,7 @@ from lab.bench.memory import BOUND, SIZES, compare
 from lab.errors import ModelError, RunError, UsageError
 from lab.model.memory import LINES, predict
 from lab.model.zoo import wrap
+from tests import families as fam
 
 torch.set_num_threads(1)
 FRAMES = 32

@@ -17,7 +17,9 @@ from lab.learn.sft import Part, Stage, Trainer, pack
 from lab.learn.tiny_checks import answers, right, through_mp4
 from lab.learn.tiny_data import FRAMES, VIDEO, Batches, Prompts, shrink, to_pixels
 from lab.learn.tiny_model import config
-from lab.sim.moving import items
+from lab.model.zoo import load
+from lab.sim.moving import DIRECTIONS, items
+from lab.video import read
 
 FOLDER = Path(__file__).parent.parent / "lab" / "data" / "tiny"
 CLIPS = FOLDER.parent / "clips"
@@ -168,17 +170,27 @@ def test_letter_follows_the_option_not_its_place() -> None:
     assert letters.tolist() == prompts().word([a.letter or "" for a in asked]).tolist()
 
 
-@pytest.mark.parametrize("way", ["left", "right", "up", "down"])
-def test_open_question_on_demo_clip(way: str) -> None:
-    from lab.video import read
-
-    item = VideoQA(str(CLIPS / f"{way}.mp4"), "Which way does it move?")
+def _says(way: str, options: tuple[str, ...]) -> str:
+    item = VideoQA(str(CLIPS / f"{way}.mp4"), "Which way does it move?", options)
     frames = read(item.video, n_frames=FRAMES).pixels.permute(0, 2, 3, 1).numpy()
     ids = prompts().whole(item)
     out = model().generate(
-        input_ids=ids, pixel_values_videos=to_pixels(shrink(frames)[None]), max_new_tokens=4, do_sample=False
+        input_ids=ids, pixel_values_videos=to_pixels(shrink(frames)[None]), max_new_tokens=6, do_sample=False
     )
-    assert prompts().tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True) == way
+    return prompts().tokenizer.decode(out[0, ids.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("way", DIRECTIONS)
+def test_says_the_answer_and_stops(way: str) -> None:
+    assert _says(way, ()) == f"{way} <|im_end|>"
+    options = ("down", "left", "up", "right")
+    assert _says(way, options) == f"{'ABCD'[options.index(way)]} ) {way} <|im_end|>"
+
+
+def test_family_lays_out_the_prompt_training_used() -> None:
+    item = VideoQA(str(CLIPS / "left.mp4"), "Which way does the red square move?", DIRECTIONS)
+    ready = load(str(FOLDER), verify=False).prepare(item, n_frames=FRAMES)
+    assert ready.tokens.ids.tolist() == prompts().whole(item)[0].tolist()
 
 
 def test_recorded_numbers_and_architecture_match_the_recipe() -> None:

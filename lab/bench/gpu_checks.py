@@ -221,6 +221,11 @@ class Subject:
     dtype: torch.dtype
     base: int  # bytes on the device before the model
 
+    @property
+    def hf(self) -> Any:
+        """transformers' own model inside."""
+        return self.model.hf
+
     @staticmethod
     def make(report: Report, device: str, shape: models.Shape, dtype: torch.dtype, *, frames: int) -> Subject:
         gc.collect()
@@ -273,7 +278,7 @@ def speed(report: Report, big: Subject, *, new: int) -> None:
         return big.model.generate(ready, max_new_tokens=count, stop=()).ids
 
     def theirs(count: int) -> Tensor:
-        return hf_ids(big.model.hf, big.x, count)
+        return hf_ids(big.hf, big.x, count)
 
     same = int((ours(new) == theirs(new)).sum())
     # in half precision two loops that add up in another order part at the first near-tie: a number, no check
@@ -305,11 +310,11 @@ def _best(work: Callable[[], Any], clock: Callable[[], float], times: int = 3) -
 def memory(report: Report, big: Subject, *, frames: int, new: int) -> None:
     """Tensor bytes of a whole answer against the prediction (without what libraries take, which torch cannot see)."""
     ready = big.model.prepare_inputs(**big.x)
-    vision = big.model.hf.config.vision_config
+    vision = big.hf.config.vision_config
     video = {"n_frames": frames, "width": vision.image_size, "height": vision.image_size, "new_tokens": new}
     said = predict(big.model, device=big.device, dtype=big.dtype, text_tokens=20, **video)
     run_bytes = peak_bytes(lambda: big.model.generate(ready, max_new_tokens=new, stop=()), big.device)
-    weights = sum(p.nbytes for p in big.model.hf.parameters())
+    weights = sum(p.nbytes for p in big.hf.parameters())
     if torch.device(big.device).type == "cuda":
         run_bytes = torch.cuda.max_memory_allocated(big.device) - big.base - weights
     expected = max(said.tower, said.kv + said.activations)
@@ -335,7 +340,7 @@ def overhead(report: Report, big: Subject, *, pairs: int) -> None:
     door = model.see(ready)
     inner = {"inputs_embeds": door.embeds, "attention_mask": big.x["attention_mask"], "use_cache": False}
     works: dict[str, Callable[[], Any]] = {
-        "hf": lambda: model.hf(**inner, logits_to_keep=1),
+        "hf": lambda: big.hf(**inner, logits_to_keep=1),
         "decoder": lambda: model(ready),
         "resid": lambda: model.run_with_cache(ready, names_filter=is_resid),
     }

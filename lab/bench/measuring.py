@@ -65,7 +65,7 @@ def paired(
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for round_ in range(-warm, pairs):
-        for name in list(works) if round_ % 2 else list(reversed(works)):
+        for name in list(works)[:: 1 if round_ % 2 else -1]:
             start = clock()
             works[name]()
             taken = clock() - start

@@ -59,11 +59,11 @@ def config(shape: Shape) -> Any:
         "num_hidden_layers": shape.tower_layers, "num_attention_heads": shape.tower_heads, "image_size": shape.side,
         "patch_size": shape.patch, "vision_use_head": False,
     }  # fmt: skip
-    made: Any = transformers.LlavaOnevisionConfig(
+    kind: Any = transformers.LlavaOnevisionConfig
+    return kind(
         text_config=text, vision_config=tower, image_token_id=IMAGE, video_token_id=VIDEO, tie_word_embeddings=False,
         image_grid_pinpoints=[[shape.side, shape.side]], vision_aspect_ratio="anyres_max_9",
     )  # fmt: skip
-    return made
 
 
 def build(
@@ -78,7 +78,7 @@ def build(
     made = config(shape)
     made._attn_implementation = attn
     with torch.device("meta"):
-        hf = transformers.LlavaOnevisionForConditionalGeneration(made)
+        hf: Any = transformers.LlavaOnevisionForConditionalGeneration(made)
     hf = hf.to(dtype).to_empty(device=device).eval().requires_grad_(False)  # in its dtype from the start
     fill(hf, seed)
     return hf

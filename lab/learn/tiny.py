@@ -35,6 +35,7 @@ def stages(batches: Batches) -> list[Stage]:
         Stage("final", partial(batches.mixed, "final", 4), ("hint_acc", 0.95), 2000),
         Stage("letters", batches.letters, ("letter_acc", 0.95), 3000),
         Stage("settle", batches.letters, ("letter_acc", 2.0), 400, decay=True),
+        Stage("whole answer", batches.whole, ("letter_acc", 2.0), 450, peak=7e-4, decay=True),
     ]
 
 

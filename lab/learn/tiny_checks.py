@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lab.carriers import VideoQA
-from lab.learn.tiny_data import FRAMES, Prompts, shrink, to_pixels
+from lab.learn.tiny_data import FRAMES, Prompts, relit, shrink, to_pixels
 from lab.sim.clips import write_mp4
 from lab.sim.moving import items
+from lab.sim.shapes import render
 from lab.video import read
 
 Clips = NDArray[np.uint8]  # [item, frame, height, width, 3]
@@ -58,8 +59,10 @@ def through_mp4(item: VideoQA, folder: str | Path) -> NDArray[np.uint8]:
 
 
 def full_report(hf: Any, prompts: Prompts, *, n: int = 200, seed: int = 777) -> dict[str, float]:
-    """All numbers for `training.json`: accuracies on clean and decoded clips, and three controls.
+    """All numbers for `training.json`: accuracies on clean and decoded clips, and three
+    controls.
 
+    any_ground_letter        backgrounds of any brightness, outside what the simulator draws
     reversed_letter_of_twin  same clip backwards: share that now gives the opposite direction's letter
     shuffled_letter          frames in random order; 0.5 is what the motion's axis alone allows
     blank_letter             one grey for all pixels; chance is 0.25
@@ -68,6 +71,7 @@ def full_report(hf: Any, prompts: Prompts, *, n: int = 200, seed: int = 777) -> 
     twins = [item.twin for item in asked if item.twin is not None]
     clips = np.stack([shrink(item.video) for item in asked])
     rng = np.random.default_rng(seed)
+    relit_clips = np.stack([shrink(render(relit(rng, item.state))) for item in asked])
     mixed = np.stack([clip[rng.permutation(FRAMES)] for clip in clips])
     with tempfile.TemporaryDirectory() as folder:
         decoded = np.stack([through_mp4(item, folder) for item in long])
@@ -78,6 +82,7 @@ def full_report(hf: Any, prompts: Prompts, *, n: int = 200, seed: int = 777) -> 
         "letter": clean["letter"],
         "mp4_ask": coded["ask"],
         "mp4_letter": coded["letter"],
+        "any_ground_letter": right(hf, prompts, asked, relit_clips)["letter"],
         "reversed_letter_of_twin": right(hf, prompts, twins, clips[:, ::-1].copy())["letter"],
         "shuffled_letter": right(hf, prompts, asked, mixed)["letter"],
         "blank_letter": right(hf, prompts, asked, np.full_like(clips, 128))["letter"],

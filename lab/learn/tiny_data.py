@@ -33,6 +33,14 @@ STEMS: tuple[str, ...] = (
     "In what direction is the {0} {1} moving?",
     "Which way is the {1} going?",
 )
+MORE_STEMS: tuple[str, ...] = (  # for the last stage; {2} is "left or right" or "up or down"
+    *STEMS,
+    "Does the {0} {1} move {2}?",
+    "Does the {1} go left, right, up or down?",
+    "Which way is the {0} {1} moving?",
+    "Which way did the {0} {1} go?",
+    "What is the direction of motion?",
+)
 
 
 # ---- prompts: the ids the model reads at inference, cut into parts ----
@@ -110,6 +118,17 @@ def outward(rng: np.random.Generator, frames: int) -> Scene:
     return replace(scene, track=tuple((float(x), float(y)) for x, y in pairs))
 
 
+def relit(rng: np.random.Generator, scene: Scene) -> Scene:
+    """The same scene over a grey background of any brightness."""
+    level = int(rng.integers(0, 256))
+    return replace(scene, ground=(level, level, level))
+
+
+def axis(scene: Scene) -> str:
+    """Both directions of the scene's axis, as a question names them."""
+    return "left or right" if direction(scene) in ("left", "right") else "up or down"
+
+
 # ---- batches ----
 
 
@@ -120,15 +139,18 @@ class Batches:
         self.prompts, self.seed = prompts, seed
 
     def _videos(
-        self, rng: np.random.Generator, n: int, easy: float, rough: float
+        self, rng: np.random.Generator, n: int, easy: float, rough: float, wide: bool
     ) -> tuple[Tensor, list[Scene]]:
         scenes = [(outward if rng.random() < easy else draw_scene)(rng, FRAMES) for _ in range(n)]
+        if wide:
+            scenes = [s if rng.random() < 0.5 else relit(rng, s) for s in scenes]
         clips = [(roughen(rng, f) if rng.random() < rough else shrink(f)) for f in map(render, scenes)]
         return to_pixels(np.stack(clips)), scenes
 
-    def _questions(self, rng: np.random.Generator, scenes: list[Scene]) -> list[str]:
-        stem = STEMS[0] if rng.random() < 0.5 else STEMS[rng.integers(len(STEMS))]
-        return [stem.format(s.colour, s.shape) for s in scenes]
+    def _questions(self, rng: np.random.Generator, scenes: list[Scene], wide: bool) -> list[str]:
+        stems = MORE_STEMS if wide else STEMS
+        stem = STEMS[0] if rng.random() < 0.5 else stems[rng.integers(len(stems))]
+        return [stem.format(s.colour, s.shape, axis(s)) for s in scenes]
 
     def video(
         self,
@@ -139,15 +161,17 @@ class Batches:
         hints: int = 0,
         easy: float = 0.0,
         rough: float = 0.7,
+        wide: bool = False,
     ) -> Batch:
         """Clips with the answer word at the `?`, an open answer, and `lists` option lists answered by letter.
 
         Before `hints` further lists the answer word is written out after the `?`. `easy`: share of clips that move
-        outwards; `rough`: share with blur, tint and noise.
+        outwards; `rough`: share with blur, tint and noise; `wide`: backgrounds of any brightness, more ways to ask,
+        and the answer written to its end: `B) right<|im_end|>`.
         """
         rng = np.random.default_rng((self.seed, 1, step))
-        pixels, scenes = self._videos(rng, worlds, easy, rough)
-        asked = self._questions(rng, scenes)
+        pixels, scenes = self._videos(rng, worlds, easy, rough, wide)
+        asked = self._questions(rng, scenes, wide)
         words = self.prompts.word([direction(s) for s in scenes])
         cuts = [self.prompts.cut(q, DIRECTIONS) for q in asked]
         parts = [Part(torch.tensor([c[0] for c in cuts]))]
@@ -156,7 +180,8 @@ class Batches:
         parts.append(self._open(asked, words))
         right = [direction(s) for s in scenes]
         for i in range(lists + hints):
-            parts.append(self._options(rng, right, hint=i >= lists))
+            part = self._options(rng, right, hint=i >= lists)
+            parts.append(self._to_the_end(part, words) if wide else part)
         return pack(parts, pixels)
 
     def _open(self, asked: list[str], words: Tensor) -> Part:
@@ -176,6 +201,16 @@ class Batches:
         if hint:
             ids = torch.cat([self.prompts.word(right)[:, None], ids], dim=1)
         return Part(ids, parent, (("hint" if hint else "letter", ids.shape[1] - 1, letters),))
+
+    def _to_the_end(self, part: Part, words: Tensor) -> Part:
+        letters, n = part.targets[0][2], part.ids.shape[1]
+        close, stop = (torch.full_like(words, self.prompts.ids[t]) for t in (")", "<|im_end|>"))
+        ids = torch.cat([part.ids, torch.stack([letters, close, words], dim=1)], dim=1)
+        return Part(
+            ids,
+            part.parent,
+            (*part.targets, ("tail", n, close), ("tail", n + 1, words), ("tail", n + 2, stop)),
+        )
 
     def _order(self, rng: np.random.Generator, right: str, n: int) -> tuple[str, ...]:
         others = [str(w) for w in rng.permutation([d for d in DIRECTIONS if d != right])][: n - 1]
@@ -213,3 +248,7 @@ class Batches:
     def letters(self, step: int) -> Batch:
         """The mix: letters on video, some with the answer word written out; every sixth step text only."""
         return self.final(step) if step % 6 == 0 else self.video(step, worlds=12, lists=5, hints=1)
+
+    def whole(self, step: int) -> Batch:
+        """The last stage: letters on video with everything a user may vary (see `wide`)."""
+        return self.video(step, worlds=12, lists=5, wide=True)
