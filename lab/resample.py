@@ -94,6 +94,8 @@ def resize(
         return resize(x.cpu(), size, resample, first).to(x.device)
     if (height, width) == tuple(x.shape[-2:]):
         return x.clone()
+    if x.is_meta:  # shapes alone, for predictions
+        return x.new_empty(*x.shape[:2], height, width)
     if resample == "nearest":
         rows, cols = _nearest(x.shape[-2], height), _nearest(x.shape[-1], width)
         return x.index_select(-2, rows.to(x.device)).index_select(-1, cols.to(x.device))

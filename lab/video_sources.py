@@ -53,10 +53,17 @@ def _from_path(video: str | bytes) -> Source:
         raise VideoError(
             f"{name}: nothing is read over the network; download it first and give the local path"
         )
-    path = Path(name).expanduser()
-    if path.is_dir():
+    if not name.strip():
+        raise VideoError("the name of the video is empty; give a file or a folder of images")
+    try:
+        path = Path(name).expanduser()
+        folder, file = path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, no such home folder
+        why = getattr(error, "strerror", None) or error
+        raise VideoError(f"{name[:200]!r}: not a path that can be read ({why}); check it") from None
+    if folder:
         return ImageSource(_images_in(path), str(path))
-    if path.is_file() and path.suffix.lower() in IMAGES:
+    if file and path.suffix.lower() in IMAGES:
         return ImageSource([path], str(path))
     return FileSource(path)
 
@@ -126,7 +133,10 @@ def _size_of(item: Any) -> tuple[int, int]:
         frame = _image(item)
         return frame.shape[2], frame.shape[1]
     image = _opened(item)
-    turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
+    try:
+        turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
+    except (OSError, ValueError, SyntaxError) as error:
+        raise VideoError(f"{_name(item)}: the image is damaged ({error}); replace it") from None
     return image.size[::-1] if turned else image.size
 
 

@@ -82,14 +82,18 @@ _Dumper.add_representer(float, lambda d, x: d.represent_scalar("tag:yaml.org,200
 def read_text(path: str | Path) -> str:
     """The text of a file. Raises ConfigError if it is missing, larger than `MAX_BYTES`, or not UTF-8."""
     try:
+        if Path(path).exists() and not Path(path).is_file():  # devices and pipes may never end
+            raise ConfigError(f"cannot read {path}: it is not a file")
         size = Path(path).stat().st_size
         if size > MAX_BYTES:
             raise ConfigError(f"{path} has {size} bytes, more than the {MAX_BYTES} allowed")
         return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as e:
-        raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+        raise ConfigError(f"cannot read {str(path)[:200]}: {e.strerror}") from None
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path} is not UTF-8 text (byte {e.start})") from None
+    except ValueError:
+        raise ConfigError(f"cannot read {str(path)!r}: not a path") from None
 
 
 def parse_yaml(text: str, name: str) -> Any:

@@ -47,7 +47,7 @@ class KnockoutRecipe(Recipe):
     model: ModelSpec = ModelSpec()
     items: ItemsSpec
     n_frames: int = 8
-    pathways: tuple[str, ...] = PATHWAYS
+    pathways: tuple[str, ...] = Field(default=PATHWAYS, min_length=1)
     window: int = Field(default=WINDOW, ge=1)
     metric: Metric = "argmax"
 

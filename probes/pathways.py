@@ -69,7 +69,7 @@ def _one(tokens: TokenMap, name: str, item: VideoQA | None) -> Tensor:
     role, colon, number = name.partition(":")
     if not colon:
         return tokens.where(role=role)
-    if role not in ("frame", "option") or not number.isdecimal():
+    if role not in ("frame", "option") or not number.isdecimal() or len(number) > 9:
         raise UsageError(
             f"segment {name!r}: only frame:N and option:N take a number (0-based); roles: {_known()}"
         )

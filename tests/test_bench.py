@@ -14,6 +14,7 @@ import torch
 
 from lab.bench import gpu, models, overhead
 from lab.bench.measuring import median_ratio, paired, peak_bytes
+from lab.bench.memory import BOUND
 from lab.model.zoo import load, wrap
 from tests import families as fam
 
@@ -82,6 +83,15 @@ def test_committed_overhead_meets_its_targets(path: Path) -> None:
     assert found["positions"] >= 1900 and found["pairs"] >= 9 and found["versions"]["torch"]
     again = {n: median_ratio(found["seconds"], *overhead.RATIOS[n]) for n in overhead.RATIOS}
     assert again == pytest.approx(found["ratios"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lab" / "bench" / "data").glob("memory*.json")), ids=lambda p: p.name)
+def test_committed_predictions_are_within_bounds(path: Path) -> None:
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    assert len({name.split()[0] for name in runs}) >= 2
+    for name, row in runs.items():
+        assert row["ratio"] == pytest.approx(row["predicted"]["total"] / row["measured"]["peak"]), name
+        assert abs(row["ratio"] - 1) <= BOUND, name
 
 
 # ---- the GPU bench, on a CPU --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lab.errors import LabWarning, RunError, UsageError
 from lab.model.ready import Ready
@@ -216,6 +217,27 @@ def test_fully_cut_row_is_zero_forward_and_backward(name: str, heads: slice) -> 
         grads = [p.grad for p in lm_of(model.hf).parameters() if p.grad is not None]
         assert len(grads) > 20 and all(bool(torch.isfinite(g).all()) for g in grads)
         model.hf.zero_grad()
+
+
+def test_a_cut_row_never_reaches_the_kernel_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other devices' kernels make nan of a row without keys, forward or backward; this one says so."""
+    model, ready, rows = model_of("internvl"), ready_of("internvl", 2, 3), []
+    kernel, clean = ALL_ATTENTION_FUNCTIONS["sdpa"], model(ready, read="all")
+
+    def strict(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **kw: Any) -> Any:
+        rows.append(bool((mask if mask.dtype == torch.bool else mask > float("-inf")).any(-1).all()))
+        return kernel(module, q, k, v, mask, **kw)
+
+    def none(q: Tensor, k: Tensor) -> Tensor:
+        return (q[:, None] != 20).expand(len(q), len(k))
+
+    def bias(q: Tensor, k: Tensor) -> Tensor:
+        return torch.zeros(len(q), len(k)).masked_fill(~none(q, k), float("-inf"))
+
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS["lab_sdpa"], "plain", lambda module: strict)
+    cut = [model(ready, edges=dict.fromkeys(range(LAYERS), edge), read="all") for edge in (none, bias)]
+    assert rows == [True] * 2 * LAYERS
+    assert away(cut[0], cut[1]) <= TOL and away(cut[0], clean) > 1e-3
 
 
 @EACH

@@ -58,8 +58,7 @@ def question_about(video: str, question: str, options: Sequence[str], answer: st
     """The item that the words on the command line describe. Raises VideoError, UsageError."""
     from lab.carriers import LETTERS, VideoQA
 
-    if not Path(video).exists():
-        raise VideoError(f"no video at {video}; give a file or a folder of images")
+    _check_there(video)
     if not question.strip():
         raise UsageError("the question is empty")
     right: int | str | None = answer
@@ -71,6 +70,21 @@ def question_about(video: str, question: str, options: Sequence[str], answer: st
             )
         right = list(options).index(answer) if answer in options else letters.index(answer)
     return VideoQA(video, question, tuple(options), right)
+
+
+def _check_there(video: str) -> None:
+    """Before a model is loaded for nothing. Raises VideoError."""
+    if "://" in video:
+        raise VideoError(
+            f"{video}: nothing is read over the network; download it first and give the local path"
+        )
+    try:
+        there = bool(video.strip()) and Path(video).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, no such home folder
+        there = False
+    if not there:
+        shown = video if len(video) <= 200 else f"{video[:197]}..."
+        raise VideoError(f"no video at {shown or 'an empty path'}; give a file or a folder of images")
 
 
 def ask(item: VideoQA, setting: Setting, max_tokens: int) -> Reply:

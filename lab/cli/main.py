@@ -94,9 +94,9 @@ def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error happened.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
+        from lab.cli.versions import installed
 
-        print(f"videollm-lab {installed('videollm-lab')}")
+        print(f"videollm-lab {installed('videollm-lab') or '(not installed)'}")
         raise typer.Exit(0)
 
 
@@ -245,6 +245,10 @@ def _explained(e: Exception, usage_error: type[Exception]) -> int:
             return 0
         case MemoryError():
             return _say("out of memory; try fewer frames or a smaller model", 4)
+        case RuntimeError() if any(
+            s in str(e) for s in ("out of memory", "allocate memory")
+        ):  # torch's ways of saying it
+            return _say("out of memory; try fewer frames or a smaller model", 4)
         case usage_error():
             return _say(f"{' '.join(e.format_message().split())} (see `vlab --help`)", 2)  # type: ignore[attr-defined]
         case _:
@@ -253,7 +257,9 @@ def _explained(e: Exception, usage_error: type[Exception]) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"vlab: {message}", file=sys.stderr)
+    # names of files and questions come from anywhere: what would move the cursor is shown, not sent
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    print(f"vlab: {shown}", file=sys.stderr)
     return code
 
 

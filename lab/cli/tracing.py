@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CLIPS = Path(__file__).parents[1] / "data" / "clips"
 NOTEWORTHY = 5  # percent; smaller changes are not worth a sentence
+ALIKE = 0.95  # of the deepest fall: cuts that hurt so much hurt alike
 WINDOW = 9  # the paper's, for models of 28 layers and more
 
 
@@ -49,8 +50,8 @@ def trace(item: VideoQA, setting: Setting, pathways: Sequence[str], window: int 
     found = model.answer(ready)
     recipe = _recipe(model, item, ready, setting, pathways, window, folder)
     results = recipe.run(progress=True, model=model)
-    files = _write(recipe, results, item, setting, ready, found, folder)
     reading = sentence(results[0], recipe.window, model.cfg.n_layers)
+    files = _write(recipe, results, item, _intro(recipe, setting, reading), ready, found, folder)
     data = {
         **(choice(found, item) if found.letter else {"answer": found.text}),
         "reading": reading,
@@ -66,7 +67,7 @@ def _write(
     recipe: KnockoutRecipe,
     results: Sequence[Result],
     item: VideoQA,
-    setting: Setting,
+    intro: str,
     ready: Ready,
     found: Any,
     folder: Path,
@@ -81,7 +82,7 @@ def _write(
         results,
         folder / "report.html",
         title=item.question,
-        intro=_intro(recipe, setting),
+        intro=intro,
         answer=_answer(found, item),
         pictures=_frames(ready),
     )
@@ -117,17 +118,32 @@ def _recipe(
 
 def sentence(profile: Result, window: int, n_layers: int) -> str:
     """What a knock-out profile (item, pathway, layer) says, in one sentence."""
-    from probes.knockout import layers_of
-
     change = np.nan_to_num(profile.values.mean(axis=profile.axes.index("item")))
     names: list[str] = profile.coords["pathway"]
-    lows, row = change.min(1), int(change.min(1).argmin())
-    if lows[row] > -NOTEWORTHY:
+    order = [i for i in np.argsort(change.min(1), kind="stable").tolist() if change[i].min() <= -NOTEWORTHY]
+    if not order:
         return f"No pathway alone carries the answer: cutting any of them lowers its probability by less than {NOTEWORTHY} %."
-    layers = _spoken(layers_of(int(change[row].argmin()), window, n_layers))
+    falls = [(names[i], _place(change[i], window, n_layers), f"{-change[i].min():.0f} %") for i in order]
+    name, place, fall = falls[0]
+    said = f"The answer depends most on {name}: cut {place}, its probability falls by {fall}"
+    said += "".join(f"; {name} cut {place}, by {fall}" for name, place, fall in falls[1:])
     quiet = [n for n, values in zip(names, change, strict=True) if abs(values).max() < NOTEWORTHY]
-    rest = f"; cutting {_listed(quiet)} changes next to nothing" if quiet else ""
-    return f"The answer depends most on {names[row]}: cut in {layers}, its probability falls by {-lows[row]:.0f} %{rest}."
+    return f"{said}{f'; cutting {_listed(quiet)} changes next to nothing' if quiet else ''}."
+
+
+def _place(change: Any, window: int, n_layers: int) -> str:
+    """Where cuts hurt most: the window's layers, or the centres, where several windows hurt as much."""
+    from probes.knockout import layers_of
+
+    deepest = int(change.argmin())
+    first = last = deepest
+    while first > 0 and change[first - 1] <= ALIKE * change[deepest]:
+        first -= 1
+    while last < n_layers - 1 and change[last + 1] <= ALIKE * change[deepest]:
+        last += 1
+    if first == last:
+        return f"in {_spoken(layers_of(deepest, window, n_layers))}"
+    return f"round any layer from {first + 1} to {last + 1}"
 
 
 def _spoken(layers: range) -> str:
@@ -153,18 +169,20 @@ def path_from(folder: Path, video: str) -> str:
 
 
 def _folder(out: str) -> Path:
+    if not out.strip():
+        raise UsageError("--out is empty; name a folder")
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UsageError(f"--out {out}: cannot be made: {e.strerror}") from None
+    except (OSError, ValueError) as e:
+        raise UsageError(f"--out {out[:200]}: cannot be made: {getattr(e, 'strerror', None) or e}") from None
     return folder
 
 
-def _intro(recipe: KnockoutRecipe, setting: Setting) -> str:
+def _intro(recipe: KnockoutRecipe, setting: Setting, reading: str) -> str:
     return (
         f"{setting.model} was asked once, and then again with attention cut: one pathway at a time, in {recipe.window} "
-        "neighbouring layers at a time. Where a curve drops, the answer was passing."
+        f"neighbouring layers at a time. Where a curve drops, the answer was passing.\n\n{reading}"
     )
 
 

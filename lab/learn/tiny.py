@@ -1,10 +1,11 @@
 """Trains `tiny`, the bundled model: a small LLaVA-OneVision that says which way a shape moves.
 
-    python -m lab.learn.tiny --out runs/tiny             # about an hour on one core
+    python -m lab.learn.tiny --out runs/tiny             # 40 minutes on one busy core
     python -m lab.learn.tiny --out runs/tiny --resume    # continue after an interruption
 
 Stages, each ended by a number: the video first, with the answer word supervised at the `?`; then matching a word to its
-letter in text alone, short form before final form; then letters on video. Shuffled option order throughout.
+letter in text alone, short form before final form; then letters on video, with a falling rate; last, everything a user
+may vary. Shuffled option order throughout.
 The finished checkpoint with `training.json` lies in OUT/model.
 """
 

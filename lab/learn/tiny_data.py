@@ -60,7 +60,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.ids = vocabulary.vocabulary()
+        self.ids = vocabulary.token_ids()
         self.cut = lru_cache(maxsize=None)(self._cut)
 
     def whole(self, item: VideoQA) -> Tensor:

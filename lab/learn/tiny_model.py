@@ -16,7 +16,7 @@ def config() -> Any:
     """LLaVA-OneVision: SigLIP-style tower (2 layers), Qwen2 decoder (8 layers, 4 heads on 2 key/value heads)."""
     from transformers import LlavaOnevisionConfig
 
-    ids = vocabulary.vocabulary()
+    ids = vocabulary.token_ids()
     tower = {
         "model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "image_size": PIXELS, "patch_size": 4, "vision_use_head": False,

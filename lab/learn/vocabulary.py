@@ -56,7 +56,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def vocabulary() -> dict[str, int]:
+def token_ids() -> dict[str, int]:
     """Token -> id: special tokens, letters, digits, punctuation, words."""
     names = [*SPECIAL, *string.ascii_uppercase, *string.digits, *string.punctuation, *WORDS]
     return {name: i for i, name in enumerate(dict.fromkeys(names))}
@@ -64,7 +64,7 @@ def vocabulary() -> dict[str, int]:
 
 def build() -> Tokenizer:
     """The tokenizer itself. Splits at white space (dropped), punctuation and single digits."""
-    tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(token_ids(), unk_token="<unk>"))
     # same length, so character offsets stay those of the text as written
     lower = [normalizers.Replace(Regex(rf"\b{c}(?=[a-z])"), c.lower()) for c in string.ascii_uppercase]
     tokenizer.normalizer = normalizers.Sequence(lower)

@@ -113,9 +113,16 @@ def _masked(
     lab: _LabAttention, call: Call, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     k_order: Tensor, kw: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """The fast kernel under a mask. A row with no key left gives z = 0, on every device."""
+    """The fast kernel under a mask. A row with no key left gives z = 0 and no gradient, on every device.
+
+    Kernels differ in what they make of such a row (0, nan, nan gradients): it is shown all keys, and zeroed after.
+    """
     keep, bias = _allowed(call, query, k_order)
+    cut = call.parts.index in call.run.edges
+    dead = ~keep.any(-1, keepdim=True) if cut else None
     mask = keep if bias is None else bias.masked_fill(~keep, NEG)
+    if dead is not None:
+        mask = mask | dead if bias is None else mask.masked_fill(dead, 0.0)
     # flash kernels take no mask: such layers fall back to SDPA, which does
     kernel = (
         ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -123,10 +130,7 @@ def _masked(
         else lab.plain(module)
     )
     z, _ = kernel(module, query, key, value, mask, **{**kw, "is_causal": False})
-    if call.parts.index not in call.run.edges:
-        return z
-    dead = swap(~keep.any(-1, keepdim=True))
-    return z.masked_fill(dead, 0.0)
+    return z if dead is None else z.masked_fill(swap(dead), 0.0)
 
 
 def _explicit(

@@ -27,6 +27,7 @@ CUDA_OVERHEAD = (
     600 * MIB
 )  # CUDA context (about 500) and cuBLAS workspaces; torch's own counters leave them out
 HEAP_BLOCK = 32 * MIB  # glibc returns larger blocks at once, and keeps freed smaller ones in its heap
+MOST_FRAMES = 100_000  # 14 hours at 2 a second; every frame's tokens are listed
 LABEL_CHARS = 3  # characters a token, in labels and timestamps between frames
 LINES = ("weights", "inputs", "tower", "kv", "activations", "overhead", "loading", "total")
 
@@ -104,6 +105,8 @@ def predict(
     ):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
+    if n_frames > MOST_FRAMES:
+        raise UsageError(f"n_frames is {n_frames:,}, predictions end at {MOST_FRAMES:,}; give fewer")
     if chunk is not None and chunk < 1:
         raise UsageError(f"chunk must be at least 1 position, got {chunk}")
     config, preprocessor, where = _config(model)
@@ -144,7 +147,10 @@ def _config(model: Any) -> tuple[Any, Any, str]:
 
 def _device(device: Any, model: Any) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except (RuntimeError, TypeError) as e:
+            raise UsageError(f"device {device!r} is unknown: {str(e).splitlines()[0]}") from None
     if hasattr(model, "hf"):
         return model.device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

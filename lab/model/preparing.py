@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lab.carriers import VideoQA
-from lab.errors import UsageError
+from lab.carriers import TokenMap, VideoQA
+from lab.errors import LabWarning, PromptError, UsageError
 from lab.model.ready import Ready
 from lab.model.token_maps import token_maps
 from lab.prompt import answer_spans, lay_out, question_spans, render
@@ -40,6 +41,7 @@ def prepare(
         tokenizer, family.video_spans(frames, grid), question_spans(item), answer_spans(item), system
     )
     ids, tokens = lay_out(spans, grid, tokenizer, family.placeholder(config))
+    _check_context(model, tokens)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -49,6 +51,23 @@ def prepare(
     asked = {"n_frames": n_frames, "fps": fps, "index": None if index is None else list(index)}
     sampling = {k: v for k, v in asked.items() if v is not None}
     return Ready(inputs, (tokens,), (grid,), item, frames, render(spans), plan, sampling)
+
+
+def _check_context(model: Any, tokens: TokenMap) -> None:
+    """Text that fills the model's context alone is a mistake; a video that reaches beyond it may be meant."""
+    n, n_ctx = len(tokens), model.cfg.n_ctx
+    text = n - len(tokens.where(kind="video"))
+    if not n_ctx or n <= n_ctx:
+        return
+    if text > n_ctx:
+        raise PromptError(
+            f"the text has {text:,} tokens, the model was made for {n_ctx:,} positions; shorten it"
+        )
+    warnings.warn(
+        f"the prompt has {n:,} positions, the model was made for {n_ctx:,}; answers may mean nothing: take fewer frames",
+        LabWarning,
+        stacklevel=4,
+    )
 
 
 def prepare_inputs(model: Any, inputs: dict[str, Any], *, roles: Any) -> Ready:

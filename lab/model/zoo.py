@@ -106,12 +106,17 @@ def _locate(name: str | Path) -> tuple[str, str]:
     text = str(name)
     if text in BUNDLED:
         return str(DATA / text), text
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(text)
+    try:
+        path = path.expanduser()
+        folder, there = bool(text.strip()) and path.is_dir(), path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, no such home folder
+        text, folder, there = text[:100], False, True
+    if folder:
         if not (path / "config.json").exists():
             raise ModelError(f"{path} has no config.json: not a transformers checkpoint")
         return str(path), str(path)
-    looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or path.exists()
+    looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or there
     if looks_local:
         raise ModelError(
             f"no checkpoint at {text!r}: give 'tiny', a folder with config.json, or a hub id like 'owner/name'"
@@ -149,7 +154,13 @@ def _from_pretrained(folder: str, where: str, *, dtype: Any, device_map: Any, **
             folder, revision=kw["revision"], trust_remote_code=kw["trust_remote_code"]
         )
         model, report = cast(Any, AutoModelForImageTextToText).from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **kw
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kw,
         )
     except (
         Exception
@@ -163,14 +174,17 @@ def _complete(report: Any, where: str) -> None:
     """Newly initialised weights would run, and mean nothing."""
     missing, wrong = list(report.get("missing_keys", ())), list(report.get("mismatched_keys", ()))
     if missing or wrong:
+        first = (missing + [w if isinstance(w, str) else " ".join(map(str, w)) for w in wrong])[0]
         raise ModelError(
-            f"{where}: {len(missing)} weights missing and {len(wrong)} of the wrong shape (first: {(missing + wrong)[0]}); "
+            f"{where}: {len(missing)} weights missing and {len(wrong)} of the wrong shape (first: {first}); "
             "the checkpoint is damaged or belongs to another config"
         )
 
 
 def _first_line(e: Exception) -> str:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # "validation error:", and the reason below
+        return " ".join(lines[:2])[:300]
     return lines[0][:300] if lines else type(e).__name__
 
 

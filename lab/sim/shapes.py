@@ -30,7 +30,7 @@ class Scene:
 
     track   centre (x, y) of the shape in every frame, pixels, y downwards
     radius  half the shape's width, pixels
-    ground  background colour; grain: standard deviation of its still noise, 0 for a plain one; seed: of the noise
+    ground  background colour; grain: largest deviation of its still noise, 0: plain; seed: of the noise
     """
 
     shape: str
