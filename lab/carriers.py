@@ -55,6 +55,8 @@ class VideoQA:
         n = len(self.options)
         if n > len(LETTERS):
             raise UsageError(f"{n} options but only {len(LETTERS)} letters; give at most {len(LETTERS)}")
+        if any(not o.strip() for o in self.options):
+            raise UsageError(f"an option is empty, got {self.options!r}; write out each")
         if len(set(self.options)) < n:
             raise UsageError(f"options must differ, got {self.options!r}")
         if n and isinstance(self.answer, int) and not 0 <= self.answer < n:

@@ -6,6 +6,7 @@ to write a video, this file joins, tokenises once, and gives roles by character 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lab.carriers import LETTERS, TokenMap, VideoGrid, VideoQA
-from lab.errors import PromptError
+from lab.errors import LabWarning, PromptError
 from lab.spans import KINDS, ROLES, Span
 
 ANSWER_PREFIX = "Best option: ("  # so that the next token is a bare letter (Map the Flow, eval prompt)
@@ -70,6 +71,7 @@ def _body(
     coded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     owner = [i for i, text in enumerate(texts) for _ in text]
     seen: list[int] = []
+    specials, spelt = set(tokenizer.all_special_ids), list[str]()
     for id_, (start, stop) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
         # a placeholder that swallows the space before it starts in the span before
         first = max(start, stop - len(stand_in)) if id_ == placeholder else start
@@ -81,7 +83,16 @@ def _body(
             raise PromptError(f"the text {spans[at].text!r} spells the model's video placeholder {stand_in!r}; reword it")
         else:
             _append(columns, spans[at], int(id_), whole[start:stop])
+            if id_ in specials and spans[at].role in ("question", "option") and stop - start > 1:
+                spelt.append(whole[start:stop])
     _check_seen(spans, seen, stand_in)
+    if spelt:
+        warnings.warn(
+            f"the text spells {len(spelt)} special tokens of the model (first: {spelt[0]!r}), and the model reads them "
+            "as such; reword it",
+            LabWarning,
+            stacklevel=5,
+        )
 
 
 def _check_seen(spans: Sequence[Span], seen: Sequence[int], stand_in: str) -> None:

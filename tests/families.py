@@ -146,7 +146,9 @@ def build(name: str, *, seed: int = 0, std: float = 0.1, **overrides: Any) -> An
     prefix, _ = _CONFIGS[name]
     made = config(name, **overrides)
     made._attn_implementation = "sdpa"
-    model = getattr(transformers, f"{prefix}ForConditionalGeneration")(made).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # transformers draws some vectors (image_newline) itself
+        model = getattr(transformers, f"{prefix}ForConditionalGeneration")(made).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

@@ -85,7 +85,9 @@ def test_committed_overhead_meets_its_targets(path: Path) -> None:
     assert again == pytest.approx(found["ratios"])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lab" / "bench" / "data").glob("memory*.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "lab" / "bench" / "data").glob("memory*.json")), ids=lambda p: p.name
+)
 def test_committed_predictions_are_within_bounds(path: Path) -> None:
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
     assert len({name.split()[0] for name in runs}) >= 2

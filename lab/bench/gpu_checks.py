@@ -70,8 +70,8 @@ def run(device: str, *, quick: bool, layers: int | None, frames: int, new: int, 
     )
     chunked(report, big)
     speed(report, big, new=min(new, 8) if quick else new)
-    memory(report, big, frames=4 if quick else frames, new=min(new, 8) if quick else new)
-    overhead(report, big, pairs=3 if quick else 9)
+    prediction(report, big, frames=4 if quick else frames, new=min(new, 8) if quick else new)
+    ratios_of_time(report, big, pairs=3 if quick else 9)
     return setting(device) | {
         "shape": asdict(shape),
         "quick": quick,
@@ -307,7 +307,7 @@ def _best(work: Callable[[], Any], clock: Callable[[], float], times: int = 3) -
     return best
 
 
-def memory(report: Report, big: Subject, *, frames: int, new: int) -> None:
+def prediction(report: Report, big: Subject, *, frames: int, new: int) -> None:
     """Tensor bytes of a whole answer against the prediction (without what libraries take, which torch cannot see)."""
     ready = big.model.prepare_inputs(**big.x)
     vision = big.hf.config.vision_config
@@ -333,7 +333,7 @@ def memory(report: Report, big: Subject, *, frames: int, new: int) -> None:
     }
 
 
-def overhead(report: Report, big: Subject, *, pairs: int) -> None:
+def ratios_of_time(report: Report, big: Subject, *, pairs: int) -> None:
     """Forward of the decoder against transformers' own, and with the residual stream of every layer kept."""
     model = big.model
     ready = model.prepare_inputs(**big.x)

@@ -21,7 +21,7 @@ LIGHT = "#d9d9d9"
 
 def check_suffix(out: str) -> Path:
     """Raises UsageError unless the name ends in a format that can be drawn."""
-    if Path(out).suffix.lower() not in SUFFIXES:
+    if Path(out).suffix.lower() not in SUFFIXES or "\0" in out:
         raise UsageError(f"--out {out}: end the name in {', '.join(SUFFIXES)}")
     return Path(out)
 
@@ -37,7 +37,7 @@ def draw_tokens(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     for row in rows:
         _cell(ax, row, wide, colours[row["role"]], words=len(rows) <= READABLE)
     ax.set(xlim=(0, wide), ylim=(high, 0), aspect="equal")
-    ax.set_title(title, loc="left", fontsize=11)
+    ax.set_title(title, loc="left", fontsize=11, parse_math=False)  # a question may hold "$"
     ax.set_axis_off()
     fig.legend(
         handles=[Patch(color=c, label=role) for role, c in colours.items()], ncols=8, frameon=False, loc="outside lower left"

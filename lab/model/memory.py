@@ -131,7 +131,7 @@ def _config(model: Any) -> tuple[Any, Any, str]:
         return model, None, str(model.model_type)
     if not isinstance(model, (str, Path)):
         raise UsageError(f"expected a name, folder, config or loaded model, got {type(model).__name__}")
-    from lab.model.zoo import _locate, _preprocessor
+    from lab.model.zoo import _first_line, _locate, _preprocessor
 
     folder, where = _locate(model)
     from transformers import AutoConfig
@@ -142,7 +142,7 @@ def _config(model: Any) -> tuple[Any, Any, str]:
     except LabError:
         raise
     except Exception as e:  # transformers and the hub raise many kinds; all mean that there is no such config
-        raise ModelError(f"{where}: its config cannot be read: {str(e).strip().splitlines()[0][:300]}") from e
+        raise ModelError(f"{where}: its config cannot be read: {_first_line(e)}") from e
 
 
 def _device(device: Any, model: Any) -> torch.device:
@@ -188,13 +188,15 @@ def _skeleton(config: Any, where: str) -> nn.Module:
     """The model on the meta device: every shape, no memory."""
     from transformers import AutoModelForImageTextToText
 
+    from lab.model.zoo import _first_line
+
     try:
         with torch.device("meta"):
             made = AutoModelForImageTextToText.from_config(config)
         made.tie_weights()
     except Exception as e:  # an unknown or broken config may fail anywhere inside
         raise ModelError(
-            f"{where}: no model can be made from its config: {str(e).strip().splitlines()[0][:300]}"
+            f"{where}: no model can be made from its config: {_first_line(e)}"
         ) from e
     return made
 
