@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lab.errors import RunError, UsageError
 from lab.model.door import Door
+from lab.model.hooking import check_name
 from lab.model.layout import lay_out
 from lab.model.ready import Ready
 from lab.model.run import Edges, Run
@@ -113,7 +114,7 @@ def layer_integrated_gradients(
     """
     from captum.attr import LayerIntegratedGradients
 
-    model._check_name(point)
+    check_name(model, point)
     forward = Forward(model, ready, edges)
     base = _baseline(model, forward, baseline)
     with model.alone():

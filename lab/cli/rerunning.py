@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 
 from lab.cli.output import Reply
 from lab.errors import ConfigError
-from lab.recipe import load
+from lab.recipe import Recipe, load
 from lab.result import Result
 
 # Numbers on other hardware, or with another torch, differ in the last digits: this much in a Result's own unit is no difference.
@@ -25,7 +27,7 @@ def rerun(path: str, out: str | None) -> Reply:
     """
     recipe = load(path)
     before = _saved(Path(path).resolve().parent)
-    results = recipe.run(progress=True)
+    results = resumable(recipe, None if out is None else Path(out))
     files = [] if out is None else write_results(results, Path(out))
     apart = None if before is None else difference(results[0], before)
     data = {
@@ -42,6 +44,16 @@ def rerun(path: str, out: str | None) -> Reply:
     return Reply(
         data, "\n".join(line for line in lines if line), int(apart is not None and apart > TOLERANCE)
     )
+
+
+def resumable(recipe: Recipe, out: Path | None, **more: Any) -> list[Result]:
+    """The recipe's results. With a folder, what is finished is kept there until all is: the same command goes on."""
+    if out is None or "out" not in inspect.signature(recipe.run).parameters:
+        return recipe.run(progress=True, **more)
+    journal = out / f"journal-{recipe.id}"
+    results = recipe.run(progress=True, **{**more, "out": journal})
+    shutil.rmtree(journal, ignore_errors=True)  # the next run measures anew
+    return results
 
 
 def difference(new: Result, old: Result) -> float:

@@ -42,6 +42,8 @@ def demonstrate(out: str) -> Reply:
 
 def trace(item: VideoQA, setting: Setting, pathways: Sequence[str], window: int | None, out: str) -> Reply:
     """Answer, knock-out profile, report, picture and recipe in folder `out`."""
+    from lab.cli.rerunning import resumable
+
     if window is not None and window < 1:
         raise UsageError(f"--window {window}: at least 1 layer is needed")
     folder = _folder(out)
@@ -49,7 +51,7 @@ def trace(item: VideoQA, setting: Setting, pathways: Sequence[str], window: int 
     ready = model.prepare(item, **setting.sampling())
     found = model.answer(ready)
     recipe = _recipe(model, item, ready, setting, pathways, window, folder)
-    results = recipe.run(progress=True, model=model)
+    results = resumable(recipe, folder, model=model)
     reading = sentence(results[0], recipe.window, model.cfg.n_layers)
     files = _write(recipe, results, item, _intro(recipe, setting, reading), ready, found, folder)
     data = {

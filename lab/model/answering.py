@@ -90,6 +90,10 @@ def _teacher_forced(model: Any, ready: Ready, target: str, edges: Any, mechanism
     ids = model.need_tokenizer()(target, add_special_tokens=False, return_tensors="pt")["input_ids"]
     if not ids.shape[1]:
         raise UsageError(f"the target {target!r} has no tokens")
+    if model.cfg.n_ctx and ids.shape[1] > model.cfg.n_ctx:
+        raise UsageError(
+            f"the target has {ids.shape[1]:,} tokens, the model was made for {model.cfg.n_ctx:,} positions; shorten it"
+        )
     logits = target_logits(model, ready, ids, edges=edges, mechanisms=mechanisms)
     each = logits.float().log_softmax(-1).gather(-1, ids.to(logits.device)[..., None]).squeeze(-1)[0]
     return {"target": target, "logprob": float(each.sum()), "token_logprobs": tuple(each.tolist())}

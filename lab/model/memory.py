@@ -26,7 +26,9 @@ CPU_OVERHEAD = 40 * MIB  # MKL's and oneDNN's buffers, tokenizer, Python objects
 CUDA_OVERHEAD = (
     600 * MIB
 )  # CUDA context (about 500) and cuBLAS workspaces; torch's own counters leave them out
-HEAP_BLOCK = 32 * MIB  # glibc returns larger blocks at once, and keeps freed smaller ones in its heap
+HEAP_BLOCK = (
+    32 * MIB
+)  # glibc returns larger freed blocks at once; of smaller ones its heap keeps two (trim threshold)
 MOST_FRAMES = 100_000  # 14 hours at 2 a second; every frame's tokens are listed
 LABEL_CHARS = 3  # characters a token, in labels and timestamps between frames
 LINES = ("weights", "inputs", "tower", "kv", "activations", "overhead", "loading", "total")
@@ -195,9 +197,7 @@ def _skeleton(config: Any, where: str) -> nn.Module:
             made = AutoModelForImageTextToText.from_config(config)
         made.tie_weights()
     except Exception as e:  # an unknown or broken config may fail anywhere inside
-        raise ModelError(
-            f"{where}: no model can be made from its config: {_first_line(e)}"
-        ) from e
+        raise ModelError(f"{where}: no model can be made from its config: {_first_line(e)}") from e
     return made
 
 
@@ -328,14 +328,14 @@ def _tower(s: _Sizes, patches: int, size: int, cpu: bool) -> int:
     """
     rope = (12 if size == 4 else 20) * s.tower_d if s.tower_rope else 0
     attention = patches * (8 * s.tower_d * size + rope)
-    wide = patches * (3 if s.tower_gated else 2) * s.tower_mlp * size
-    kept = _kept(patches * s.tower_d * size, patches * s.tower_mlp * size, cpu)
-    return attention + wide if kept else max(attention, wide + 4 * patches * s.tower_d * size)
+    narrow, wide = patches * s.tower_d * size, patches * s.tower_mlp * size
+    mlp = 4 * narrow + (3 if s.tower_gated else 2) * wide
+    return max(attention, mlp + _left_over(narrow, wide, cpu))
 
 
-def _kept(narrow: int, wide: int, cpu: bool) -> bool:
-    """Whether freed blocks of attention stay with the process while the MLP takes blocks of its own kind."""
-    return cpu and narrow <= HEAP_BLOCK < wide
+def _left_over(narrow: int, wide: int, cpu: bool) -> int:
+    """Freed blocks of attention that stay with the process while the MLP takes blocks of another kind."""
+    return 2 * narrow if cpu and narrow <= HEAP_BLOCK < wide else 0
 
 
 def _connector(s: _Sizes, video: _Video) -> int:
@@ -356,11 +356,9 @@ def _decoder(s: _Sizes, rows: int, size: int, cpu: bool) -> int:
     """
     q, kv = s.heads * s.d_head, s.kv_heads * s.d_head
     attention = rows * (2 * s.d + 7 * q // 2 + 3 * kv) * size
-    wide = rows * 3 * s.mlp * size
-    kept = _kept(rows * s.d * size, rows * s.mlp * size, cpu)
-    return rows * 2 * s.d_head * size + (
-        attention + wide if kept else max(attention, wide + 3 * rows * s.d * size)
-    )
+    narrow, wide = rows * s.d * size, rows * s.mlp * size
+    mlp = 3 * narrow + 3 * wide
+    return rows * 2 * s.d_head * size + max(attention, mlp + _left_over(narrow, wide, cpu))
 
 
 def _masked(s: _Sizes, rows: int, positions: int, size: int) -> int:

@@ -6,8 +6,6 @@ them stand TransformerLens HookPoints, one attention function, and a token map t
 
 from __future__ import annotations
 
-import difflib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,39 +16,29 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 
 from lab.carriers import Frames, TokenMap, VideoQA
-from lab.errors import LabWarning, ModelError, RunError, UsageError
+from lab.errors import RunError, UsageError
 from lab.model import anatomy, capturing
 from lab.model.activations import LabCache, NamesFilter, guard, wanted
 from lab.model.answering import Answer, answer
 from lab.model.attention import register
 from lab.model.cache import KVCache, LayerCache
 from lab.model.decoder import decode
-from lab.model.door import Door, capture
+from lab.model.door import Door
 from lab.model.families.base import Family
 from lab.model.generation import Generated, generate
+from lab.model.hooking import Saver, Watch, check_layers, check_name, check_training, checkpointing, hooked
 from lab.model.layout import lay_out
 from lab.model.lock import SharedLock
 from lab.model.points import Block, FinalNorm, Points
 from lab.model.preparing import prepare, prepare_inputs
+from lab.model.reading import Read, rows
 from lab.model.ready import Ready
-from lab.model.run import (
-    Edges,
-    Front,
-    Run,
-    at_door,
-    attn_out,
-    changed,
-    enter_attention,
-    into,
-    leave_layer,
-    pre_rope,
-    through,
-    watched,
-)
+from lab.model.run import Edges, Run
+from lab.model.seeing import see
+from lab.model.wrapping import place_hooks, use_our_attention
 from lab.side import Side
 from lab.slots import Hook, ModelSizes, Plan, plan_of
 
-Read = str | int | Sequence[int] | Tensor
 Mechanisms = Sequence[Any]
 
 
@@ -88,63 +76,14 @@ class VideoLLM(HookedRootModule):
         self.parts = anatomy.layer_parts(lm)
         self.cfg = anatomy.model_config(hf, lm)
         self.mrope = "mrope_section" in (getattr(anatomy.text_config(lm), "rope_parameters", None) or {})
-        self._make_points(lm)
-        if not getattr(
-            hf, "_lab_hooked", False
-        ):  # a second wrapper finds the first one's hooks: they serve any
-            self._place_hooks(lm)
-            cast(Any, hf)._lab_hooked = True
-        self._use_our_attention(lm)
-        self.setup()
-
-    # ---- made once ------------------------------------------------------------------------------------------------
-
-    def _make_points(self, lm: nn.Module) -> None:
-        self.embed = Points("hook_out")
-        self.connector = Points("hook_out")
+        self.embed, self.connector = Points("hook_out"), Points("hook_out")
         self.blocks = nn.ModuleList(Block(parts) for parts in self.parts)
         self.ln_final = FinalNorm(cast(Any, lm).norm)
-        tower = self.family.tower_layers(self.hf)
+        tower = family.tower_layers(hf)
         self.vision = nn.ModuleList(Points("hook_resid_pre", "hook_resid_post") for _ in tower)
-
-    def _place_hooks(self, lm: nn.Module) -> None:
-        """Module-level hooks, placed once; they do nothing without a current run.
-
-        prepend=True: transformers installs its own output-capturing hooks lazily; ours must come before them, or
-        edits of tower layers that are read from captured states (LLaVA's vision_feature_layer) change nothing.
-        """
-        lm.register_forward_pre_hook(at_door, with_kwargs=True, prepend=True)
-        for layer in self.family.tower_layers(self.hf):
-            layer.register_forward_pre_hook(into, with_kwargs=True, prepend=True)
-            layer.register_forward_hook(through, prepend=True)
-        connector = self.family.connector(self.hf)
-        if connector is not None:
-            connector.register_forward_hook(through, prepend=True)
-        for p in self.parts:
-            mixing = p.attn or p.mixer
-            if mixing is not None:
-                mixing.register_forward_pre_hook(enter_attention, with_kwargs=True, prepend=True)
-            if p.mixed is not None:
-                p.mixed.register_forward_hook(attn_out, prepend=True)
-            for proj in (m for m in (p.q, p.k) if m is not None):
-                proj.register_forward_hook(pre_rope, prepend=True)
-            if p.mlp is not None:
-                p.mlp.register_forward_hook(through, prepend=True)
-                p.mlp.register_forward_hook(leave_layer, always_call=True)
-
-    def _use_our_attention(self, lm: nn.Module) -> None:
-        config: Any = anatomy.text_config(lm)
-        self.kernel = str(config._attn_implementation).removeprefix("lab_")
-        self._set_attention(register(self.kernel))
-
-    def _set_attention(self, name: str) -> None:
-        whole: Any = self.hf.config
-        keep = {
-            s: getattr(whole, s)._attn_implementation
-            for s in whole.sub_configs
-            if getattr(whole, s, None) is not None
-        }
-        cast(Any, self.hf).set_attn_implementation({**keep, "text_config": name})
+        place_hooks(hf, lm, family, self.parts)
+        self.kernel = use_our_attention(hf, lm)
+        self.setup()
 
     def __getstate__(self) -> dict[str, Any]:
         with self.lock.alone():
@@ -254,7 +193,7 @@ class VideoLLM(HookedRootModule):
         if not isinstance(ready, Ready):
             ready = self.prepare_inputs(**ready)
         run = Run(dict(edges or {}), frozenset(look))
-        self._check_layers([*run.edges, *run.look])
+        check_layers(self, [*run.edges, *run.look])
         plan = ready.plan + plan_of(mechanisms, self.sizes)
         with self.plan_hooks(plan), self.lock.shared():
             door, maps = self.arrive(ready, plan)
@@ -279,50 +218,7 @@ class VideoLLM(HookedRootModule):
         while the weights are the same tensors at the same version under the same torch hooks (edits through `.data`
         do not count versions: call `ready.memo.clear()`).
         """
-        front = self._front()
-        keep = (
-            not self._wants_graph(ready)
-            and not self.hf.training
-            and not watched(*front.after.values(), *front.before.values())
-            and not self.lock.claimed
-        )
-        if keep and ready.memo.get("key") == self._front_version():
-            return _copied(ready.memo["door"])
-        inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in ready.inputs.items()}
-        self.tower_calls += 1
-        door = capture(self.hf, front, inputs)
-        if not keep:
-            return door
-        # transformers may have placed its capturing hooks in this very call: the key is the state after it
-        ready.memo.update(key=self._front_version(), door=door)
-        return _copied(door)
-
-    def _front(self) -> Front:
-        tower = self.family.tower_layers(self.hf)
-        points = cast("list[Any]", list(self.vision))
-        after = {layer: p.hook_resid_post for layer, p in zip(tower, points, strict=True)}
-        connector = self.family.connector(self.hf)
-        if connector is not None:
-            after[connector] = cast(Any, self.connector).hook_out
-        before = {layer: p.hook_resid_pre for layer, p in zip(tower, points, strict=True)}
-        return Front(after, before)
-
-    def _front_weights(self) -> list[nn.Parameter]:
-        layers = {id(p) for p in cast(Any, self.lm).layers.parameters()}
-        return [p for p in self.hf.parameters() if id(p) not in layers]
-
-    def _wants_graph(self, ready: Ready) -> bool:
-        """Whether a gradient could be asked of what lies before the door (weights loaded by `lab.load` are frozen)."""
-        given = [v for v in ready.inputs.values() if isinstance(v, Tensor)]
-        return torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *self._front_weights()))
-
-    def _front_version(self) -> int:
-        weights = tuple((p.data_ptr(), p._version) for p in self._front_weights())
-        hooks = tuple(h for m in self.hf.modules() for h in (*m._forward_pre_hooks, *m._forward_hooks))
-        return hash((weights, hooks))
-
-    def _hooked(self) -> bool:
-        return any(watched(p) for p in self.hook_dict.values())
+        return see(self, ready)
 
     def stream(
         self,
@@ -335,7 +231,7 @@ class VideoLLM(HookedRootModule):
     ) -> tuple[Tensor, Side]:
         """Decode: the residual stream after the last layer, [world, pos, d_model], and its side."""
         plan = plan or Plan()
-        self._check_training()
+        check_training(self)
         if chunk is None:
             cache = None if plan.cache is None else LayerCache(plan.cache(), anatomy.text_config(self.lm))
             return decode(self, door, run, cache=cache, detours=plan.detours, tokens=tokens)
@@ -354,7 +250,7 @@ class VideoLLM(HookedRootModule):
         size = n if chunk is None else chunk
         if size < 1:
             raise UsageError(f"chunk must be at least 1 position, got {chunk}")
-        if size < n and self._hooked():
+        if size < n and hooked(self):
             raise RunError(
                 "hooks see whole prompts, chunked prefill runs pieces; drop chunk=, or close the hooks"
             )
@@ -377,7 +273,7 @@ class VideoLLM(HookedRootModule):
             raise UsageError(
                 "with chunk= only the last position can be read: that is what chunks save memory for"
             )
-        return self.unembed(_rows(normed, side, read))
+        return self.unembed(rows(normed, side, read))
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
 
@@ -391,7 +287,7 @@ class VideoLLM(HookedRootModule):
         Raises UsageError for an unknown hook name (with the closest ones), before anything is hooked.
         """
         for name, _ in [*fwd_hooks, *bwd_hooks]:
-            self._check_name(name)
+            check_name(self, name)
         with (
             self.lock.alone(),
             super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts),
@@ -430,14 +326,14 @@ class VideoLLM(HookedRootModule):
                 "backward hooks are gone when run_with_hooks returns, before any backward pass; use "
                 "`with model.hooks(bwd_hooks=...): model(ready).sum().backward()`"
             )
-        if self._checkpointing() and torch.is_grad_enabled() and fwd_hooks:
+        if checkpointing(self) and torch.is_grad_enabled() and fwd_hooks:
             raise RunError(
                 "gradient checkpointing runs layers again during backward, when these hooks are gone; use "
                 "`with model.hooks(fwd_hooks=...): loss = ...; loss.backward()`"
             )
         ready = ready if isinstance(ready, Ready) else self.prepare_inputs(**ready)
         self._guard([n for n, _ in fwd_hooks], ready, kept=False)
-        watch = [_Watch(name, fn) for name, fn in fwd_hooks]
+        watch = [Watch(name, fn) for name, fn in fwd_hooks]
         with self.hooks([(w.name, w) for w in watch], bwd_hooks, reset_hooks_end, clear_contexts):
             logits = self(ready, **kwargs)
         for w in watch:
@@ -461,8 +357,8 @@ class VideoLLM(HookedRootModule):
         if remove_batch_dim and ready.n_worlds != 1:
             raise UsageError(f"remove_batch_dim needs one world, this input has {ready.n_worlds}")
         with self.hooks(fwd_hooks):
-            edited = self._hooked()
-            savers = [(name, _Saver(store, device, remove_batch_dim, edited)) for name in names]
+            edited = hooked(self)
+            savers = [(name, Saver(store, device, remove_batch_dim, edited)) for name in names]
             with self.hooks(savers):
                 logits = self(ready, **kwargs)
         return logits, LabCache(store, self, has_batch_dim=not remove_batch_dim)
@@ -471,39 +367,6 @@ class VideoLLM(HookedRootModule):
         plain = [n for n in names if isinstance(n, str)]
         plain += [h for n in names if callable(n) for h in self.hook_dict if n(h)]
         guard(self.cfg, plain, ready.n_worlds, ready.n_pos, self.device, kept)
-
-    def _check_name(self, name: Any) -> None:
-        if isinstance(name, str) and name not in self.hook_dict:
-            near = difflib.get_close_matches(name, list(self.hook_dict), n=3)
-            without = [
-                p.index for p in self.parts if p.attn is None and name.startswith(f"blocks.{p.index}.attn.")
-            ]
-            why = "".join(f" (layer {i + 1} has no softmax attention, only mixer.hook_out)" for i in without)
-            raise UsageError(f"no hook point {name!r}{why}; closest: {', '.join(near) or 'none'}")
-
-    def _check_layers(self, layers: Sequence[int]) -> None:
-        for layer in layers:
-            if not 0 <= layer < self.cfg.n_layers:
-                raise UsageError(
-                    f"no layer {layer + 1} (blocks.{layer}): the model has layers 1..{self.cfg.n_layers}"
-                )
-            if self.parts[layer].attn is None:
-                raise RunError(
-                    f"layer {layer + 1} (blocks.{layer}) has no softmax attention, so no edges here"
-                )
-
-    def _checkpointing(self) -> bool:
-        return self.hf.training and any(getattr(p.layer, "gradient_checkpointing", False) for p in self.parts)
-
-    def _check_training(self) -> None:
-        if not self._checkpointing() or not torch.is_grad_enabled():
-            return
-        func: Any = getattr(self.parts[0].layer, "_gradient_checkpointing_func", None)
-        if getattr(func, "keywords", {}).get("use_reentrant", True):
-            raise RunError(
-                "reentrant gradient checkpointing gives wrong gradients here; enable it with "
-                "hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
-            )
 
     # ---- ask ------------------------------------------------------------------------------------------------------
 
@@ -519,7 +382,7 @@ class VideoLLM(HookedRootModule):
         """
         ready = self._ready(ready)
         run = Run(dict(edges or {}))
-        self._check_layers([*run.edges])
+        check_layers(self, [*run.edges])
         plan = ready.plan + plan_of(mechanisms, self.sizes)
         with self.plan_hooks(plan):
             out: Generated = generate(
@@ -550,76 +413,3 @@ class VideoLLM(HookedRootModule):
                 raise UsageError(
                     f"expected a VideoQA, a Ready or a processor's tensors, got {type(item).__name__}"
                 )
-
-
-class _Watch:
-    """A user's hook, and what it did."""
-
-    def __init__(self, name: Any, fn: Callable[..., Any]) -> None:
-        self.name, self.fn = name, fn
-        self.fired, self.replied, self.effect = 0, 0, 0
-
-    def __call__(self, value: Tensor, hook: Any) -> Any:
-        self.fired += 1
-        version = value._version
-        new = self.fn(value, hook=hook)
-        if new is None:
-            return None
-        self.replied += 1
-        self.effect += int(value._version != version or changed(value, new))
-        return new
-
-    def warn(self) -> None:
-        name = self.name if isinstance(self.name, str) else "<filter>"
-        if not self.fired:
-            warnings.warn(
-                f"the hook on {name} never fired: this run did not pass there", LabWarning, stacklevel=3
-            )
-        elif self.replied and not self.effect:
-            warnings.warn(
-                f"the hook on {name} fired {self.fired} times and changed nothing", LabWarning, stacklevel=3
-            )
-
-
-class _Saver:
-    """Stores what passes, detached. It copies where other hooks are on: one may edit the same tensor in place at a
-    later point (resid_post of a layer and resid_pre of the next are one tensor)."""
-
-    def __init__(self, store: dict[str, Tensor], device: Any, squeeze: bool, copy: bool) -> None:
-        self.store, self.device, self.squeeze, self.copy = store, device, squeeze, copy
-
-    def __call__(self, value: Tensor, hook: Any) -> None:
-        kept = value.detach().to(value.device if self.device is None else self.device, copy=self.copy)
-        self.store[hook.name] = kept[0] if self.squeeze else kept
-
-
-def _copied(door: Door) -> Door:
-    """Hooks, traces and detours may edit in place; what `ready` keeps must stay clean."""
-    return Door(door.embeds.clone(), door.rope, door.pad, tuple(d.clone() for d in door.deep))
-
-
-def _rows(x: Tensor, side: Side, read: Read) -> Tensor:
-    """Rows of [world, pos, d_model] named by `read`."""
-    n = x.shape[1]
-    if isinstance(read, str):
-        if read == "all":
-            return x
-        if read != "last":
-            raise UsageError(f"read={read!r}; use 'last', 'all', or positions")
-        return x[:, -1:] if side.pad is None else _last_real(x, side)
-    index = torch.as_tensor(
-        [read] if isinstance(read, int) else read, dtype=torch.long, device=x.device
-    ).reshape(-1)
-    if len(index) and not (-n <= int(index.min()) and int(index.max()) < n):
-        raise UsageError(f"read positions {index.tolist()} but the sequence has {n}; use 0..{n - 1}")
-    return x[:, index]
-
-
-def _last_real(x: Tensor, side: Side) -> Tensor:
-    """The last unpadded row of every world (padding may be on either side)."""
-    assert side.pad is not None
-    here = side.pad.to(x.device)[:, side.order.to(x.device)]
-    at = torch.arange(here.shape[1], device=x.device).masked_fill(~here, -1).amax(1)
-    if bool((at < 0).any()):
-        raise ModelError("a world has no unpadded position among the rows read")
-    return x.gather(1, at[:, None, None].expand(-1, 1, x.shape[2]))

@@ -31,6 +31,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
+    "text.parse_math": False,  # "$" in an item's name is a letter
     "legend.frameon": False,
     "svg.hashsalt": "videollm-lab",
     "svg.fonttype": "none",

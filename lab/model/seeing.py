@@ -1,0 +1,66 @@
+"""See: run the vision side to the decoder's door, or take what an earlier run of the same `ready` saw."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lab.model.door import Door, capture
+from lab.model.ready import Ready
+from lab.model.run import Front, watched
+
+
+def see(model: Any, ready: Ready) -> Door:
+    """The state at the door. When it is kept, and when not: see `VideoLLM.see`."""
+    front = _front(model)
+    keep = (
+        not _wants_graph(model, ready)
+        and not model.hf.training
+        and not watched(*front.after.values(), *front.before.values())
+        and not model.lock.claimed
+    )
+    if keep and ready.memo.get("key") == _version(model):
+        return _copied(ready.memo["door"])
+    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in ready.inputs.items()}
+    model.tower_calls += 1
+    door = capture(model.hf, front, inputs)
+    if not keep:
+        return door
+    # transformers may have placed its capturing hooks in this very call: the key is the state after it
+    ready.memo.update(key=_version(model), door=door)
+    return _copied(door)
+
+
+def _front(model: Any) -> Front:
+    tower = model.family.tower_layers(model.hf)
+    points = cast("list[Any]", list(model.vision))
+    after = {layer: p.hook_resid_post for layer, p in zip(tower, points, strict=True)}
+    connector = model.family.connector(model.hf)
+    if connector is not None:
+        after[connector] = cast(Any, model.connector).hook_out
+    before = {layer: p.hook_resid_pre for layer, p in zip(tower, points, strict=True)}
+    return Front(after, before)
+
+
+def _weights(model: Any) -> list[nn.Parameter]:
+    layers = {id(p) for p in cast(Any, model.lm).layers.parameters()}
+    return [p for p in model.hf.parameters() if id(p) not in layers]
+
+
+def _wants_graph(model: Any, ready: Ready) -> bool:
+    """Whether a gradient could be asked of what lies before the door (weights loaded by `lab.load` are frozen)."""
+    given = [v for v in ready.inputs.values() if isinstance(v, Tensor)]
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *_weights(model)))
+
+
+def _version(model: Any) -> int:
+    weights = tuple((p.data_ptr(), p._version) for p in _weights(model))
+    hooks = tuple(h for m in model.hf.modules() for h in (*m._forward_pre_hooks, *m._forward_hooks))
+    return hash((weights, hooks))
+
+
+def _copied(door: Door) -> Door:
+    """Hooks, traces and detours may edit in place; what `ready` keeps must stay clean."""
+    return Door(door.embeds.clone(), door.rope, door.pad, tuple(d.clone() for d in door.deep))
