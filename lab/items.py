@@ -136,7 +136,7 @@ def _item(row: Any, folder: Path, where: str, default_id: str) -> VideoQA:
         raise ConfigError(f"{where}: an item is a mapping of {', '.join(FIELDS)}; got {type(row).__name__}")
     if isinstance(row.get("video"), Mapping):
         spec = _checked(ItemSpec, dict(row), where)
-        row = {**row, "video": str(_hashed_video(spec, folder, where))}
+        row = {**row, "video": str(_hashed_video(spec, folder, where).absolute())}
     _check_fields(row, where)
     return _built(dict(row), folder, where, default_id)
 

@@ -39,7 +39,9 @@ def render(spans: Sequence[Span]) -> str:
     return "".join(s.text if s.rows is None else f"<video:{s.frame} x{s.rows[1] - s.rows[0]}>" for s in spans)
 
 
-def lay_out(spans: Sequence[Span], grid: VideoGrid, tokenizer: Any, placeholder: int) -> tuple[Tensor, TokenMap]:
+def lay_out(
+    spans: Sequence[Span], grid: VideoGrid, tokenizer: Any, placeholder: int
+) -> tuple[Tensor, TokenMap]:
     """Token ids [1, pos] and the map of one world.
 
     The whole prompt is tokenised as one string, each video span standing in it as one placeholder that is then
@@ -51,7 +53,9 @@ def lay_out(spans: Sequence[Span], grid: VideoGrid, tokenizer: Any, placeholder:
     """
     used = [r for s in spans if s.rows is not None for r in range(*s.rows)]
     if used != list(range(len(grid))):
-        raise PromptError(f"the layout places {len(used)} video tokens, the video has {len(grid)}; each must stand once, in order")
+        raise PromptError(
+            f"the layout places {len(used)} video tokens, the video has {len(grid)}; each must stand once, in order"
+        )
     columns: dict[str, list[Any]] = {k: [] for k in ("ids", "pieces", "role", "kind", "frame", "row", "col", "option", "seconds", "weight", "source")}  # fmt: skip
     body = list(spans)
     if body and body[0].role == "bos" and tokenizer.bos_token_id is not None:
@@ -71,7 +75,7 @@ def _body(
     coded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     owner = [i for i, text in enumerate(texts) for _ in text]
     seen: list[int] = []
-    specials, spelt = set(tokenizer.all_special_ids), list[str]()
+    specials, spelt = _special_ids(tokenizer), list[str]()
     for id_, (start, stop) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
         # a placeholder that swallows the space before it starts in the span before
         first = max(start, stop - len(stand_in)) if id_ == placeholder else start
@@ -80,7 +84,9 @@ def _body(
         if spans[at].rows is not None:
             _video(columns, spans[at], grid, placeholder)
         elif id_ == placeholder:
-            raise PromptError(f"the text {spans[at].text!r} spells the model's video placeholder {stand_in!r}; reword it")
+            raise PromptError(
+                f"the text {spans[at].text!r} spells the model's video placeholder {stand_in!r}; reword it"
+            )
         else:
             _append(columns, spans[at], int(id_), whole[start:stop])
             if id_ in specials and spans[at].role in ("question", "option") and stop - start > 1:
@@ -95,12 +101,25 @@ def _body(
         )
 
 
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Ids of special tokens, named (bos ...) or only added (<|im_end|>)."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return {
+        *tokenizer.all_special_ids,
+        *(i for i, token in added.items() if getattr(token, "special", False)),
+    }
+
+
 def _check_seen(spans: Sequence[Span], seen: Sequence[int], stand_in: str) -> None:
     for i, span in enumerate(spans):
         if span.rows is not None and seen.count(i) != 1:
-            raise PromptError(f"the tokenizer makes {seen.count(i)} tokens of the video placeholder {stand_in!r}, not one; it belongs to another model")
+            raise PromptError(
+                f"the tokenizer makes {seen.count(i)} tokens of the video placeholder {stand_in!r}, not one; it belongs to another model"
+            )
         if span.text.strip() and i not in seen:
-            raise PromptError(f"the {span.role} text {span.text!r} shares all its tokens with its neighbour; the tokenizer merged them")
+            raise PromptError(
+                f"the {span.role} text {span.text!r} shares all its tokens with its neighbour; the tokenizer merged them"
+            )
 
 
 def _finish(columns: dict[str, list[Any]]) -> tuple[Tensor, TokenMap]:

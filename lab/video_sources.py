@@ -69,7 +69,10 @@ def _from_path(video: str | bytes) -> Source:
 
 
 def _images_in(folder: Path) -> list[Any]:
-    names = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    try:
+        names = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    except OSError as error:
+        raise VideoError(f"{folder}: the folder cannot be read ({error.strerror})") from None
     images = sorted((p for p in names if p.suffix.lower() in IMAGES), key=_natural)
     if not images:
         seen = ", ".join(sorted(p.name for p in names)[:3]) or "nothing"

@@ -99,7 +99,9 @@ def knockout(
         raise UsageError(f"window must be at least 1 layer, got {window}")
     given = list(items) if isinstance(items, list | tuple) else [items]
     if not given or (pathways is not None and not pathways):
-        raise UsageError(f"nothing to do: {len(given)} items, {0 if pathways is None else len(pathways)} pathways")
+        raise UsageError(
+            f"nothing to do: {len(given)} items, {0 if pathways is None else len(pathways)} pathways"
+        )
     ready = [i if isinstance(i, Ready) else model.prepare(i, n_frames) for i in given]
     pathways = usual_pathways(_map(ready[0])) if pathways is None else pathways
     recipe = _recipe(model, ready, pathways, window, metric, n_frames)

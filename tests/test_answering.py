@@ -23,7 +23,9 @@ def asking():
 
     def get(name):
         if name not in made:
-            made[name] = wrap(families.build(name), families.tokenizer(name), preprocessor=families.preprocessor(name))
+            made[name] = wrap(
+                families.build(name), families.tokenizer(name), preprocessor=families.preprocessor(name)
+            )
         return made[name]
 
     return get
@@ -61,7 +63,11 @@ def test_answer_is_the_softmax_at_the_last_position(name, asking, video):
     assert torch.allclose(got.probs, probs, atol=1e-6) and abs(float(got.probs.sum()) - 1) < 1e-5
     assert torch.allclose(got.letter_probs, probs[ids], atol=1e-6)
     assert abs(float(got.option_probs.sum()) - 1) < 1e-5
-    assert got.index == int(probs[ids].argmax()) and got.letter == "ABC"[got.index] and got.text == item.options[got.index]
+    assert (
+        got.index == int(probs[ids].argmax())
+        and got.letter == "ABC"[got.index]
+        and got.text == item.options[got.index]
+    )
     assert got.correct == (got.index == 1)
 
 
@@ -79,7 +85,9 @@ def test_teacher_forced_target_equals_one_long_forward(name, asking, video):
         logp = model.hf(**longer).logits[0].log_softmax(-1)
     n = ready.n_pos
     expected = [float(logp[n - 1 + i, t]) for i, t in enumerate(ids[0])]
-    assert len(got.token_logprobs) == ids.shape[1] > 3 and np.allclose(got.token_logprobs, expected, atol=1e-4)
+    assert len(got.token_logprobs) == ids.shape[1] > 3 and np.allclose(
+        got.token_logprobs, expected, atol=1e-4
+    )
     assert math.isclose(got.logprob, sum(expected), abs_tol=1e-3) and got.letter is None
     assert isinstance(got.text, str) and got.text == str(model.generate(ready, max_new_tokens=20))
 

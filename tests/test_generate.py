@@ -45,9 +45,10 @@ def test_stops_at_the_stop_token_and_pads(wrapped):
 def test_sampling_is_seeded(wrapped):
     model = wrapped("llava_onevision")
     ready = model.prepare_inputs(**inputs("llava_onevision"))
-    draw = lambda seed, **kw: (
-        model.generate(ready, do_sample=True, seed=seed, max_new_tokens=12, stop=[], **kw).ids
-    )  # noqa: E731
+
+    def draw(seed, **kw):
+        return model.generate(ready, do_sample=True, seed=seed, max_new_tokens=12, stop=[], **kw).ids
+
     assert torch.equal(draw(1), draw(1))
     assert any(not torch.equal(draw(1), draw(s)) for s in (2, 3, 4))
     assert torch.equal(draw(5, top_k=1), model.generate(ready, max_new_tokens=12, stop=[]).ids)

@@ -77,7 +77,7 @@ def _png(path: Path, side: int) -> None:
 
 def _nan(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
-    weights["model.image_newline"].view(-1)[0] = float("nan")
+    weights[next(k for k in weights if "image_newline" in k)].view(-1)[0] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -305,7 +305,21 @@ def test_hostile_input_is_one_line_and_an_exit_code(capsys, scratch, tmp_path, c
 def recipe(scratch, tmp_path_factory) -> Path:
     """A recipe that works, with its result beside it."""
     folder = tmp_path_factory.mktemp("recipe")
-    args = ["trace", "{video}", *Q, "-o", "a", "-o", "b", "-p", "video->last", "-w", "1", "--out", str(folder)]
+    args = [
+        "trace",
+        "{video}",
+        *Q,
+        "-o",
+        "a",
+        "-o",
+        "b",
+        "-p",
+        "video->last",
+        "-w",
+        "1",
+        "--out",
+        str(folder),
+    ]
     assert cli.main(filled(args, scratch)) == 0
     return folder / "recipe.yaml"
 
@@ -353,16 +367,22 @@ def test_hostile_recipes(capsys, recipe, tmp_path, monkeypatch, case) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("path", "says"), [("/dev/zero", "not a file"), ("\0", "not a path"), ("/no.yaml", "No such file")])
+@pytest.mark.parametrize(
+    ("path", "says"), [("/dev/zero", "not a file"), ("\0", "not a path"), ("/no.yaml", "No such file")]
+)
 def test_recipe_files_that_are_none(capsys, path, says) -> None:
     check(*vlab(capsys, "run", path), 3, says)
 
 
-@pytest.mark.parametrize("data", [b"", b"PK\x03\x04" + b"x" * 99, b"\x80\x04K\x01."], ids=["empty", "zip", "pickle"])
+@pytest.mark.parametrize(
+    "data", [b"", b"PK\x03\x04" + b"x" * 99, b"\x80\x04K\x01."], ids=["empty", "zip", "pickle"]
+)
 def test_a_damaged_result_beside_the_recipe(capsys, recipe, tmp_path, data) -> None:
     dump(load_recipe(recipe), tmp_path / "recipe.yaml")
     (tmp_path / "result.npz").write_bytes(data)
-    check(*vlab(capsys, "run", str(tmp_path / "recipe.yaml")), 3, "result.npz is damaged or not a saved Result")
+    check(
+        *vlab(capsys, "run", str(tmp_path / "recipe.yaml")), 3, "result.npz is damaged or not a saved Result"
+    )
 
 
 def test_a_result_of_another_recipe(capsys, recipe, tmp_path) -> None:
@@ -385,7 +405,14 @@ def test_a_result_of_another_recipe(capsys, recipe, tmp_path) -> None:
 )  # fmt: skip
 def test_odd_questions_are_answered(capsys, scratch, tmp_path, question, note) -> None:
     picture = tmp_path / "map.png"
-    code, _, err = vlab(capsys, *filled(("tokens", "{video}"), scratch), question, *filled(Q[1:5], scratch), "--out", str(picture))
+    code, _, err = vlab(
+        capsys,
+        *filled(("tokens", "{video}"), scratch),
+        question,
+        *filled(Q[1:5], scratch),
+        "--out",
+        str(picture),
+    )
     assert code == 0 and picture.stat().st_size > 1000, err
     assert re.search(note.replace("|", r"\|"), err) if note else err == ""
 
@@ -394,7 +421,9 @@ def test_odd_questions_are_answered(capsys, scratch, tmp_path, question, note) -
 def test_odd_names_are_opened(capsys, scratch, tmp_path, monkeypatch, name) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(scratch("video"), tmp_path / name)
-    code, out, err = vlab(capsys, "ask", *filled(Q[1:], scratch), "-o", "a", "-o", "b", "--json", "--", name, "q")
+    code, out, err = vlab(
+        capsys, "ask", *filled(Q[1:], scratch), "-o", "a", "-o", "b", "--json", "--", name, "q"
+    )
     assert (code, err) == (0, "") and json.loads(out)["letter"] in "AB"
 
 
@@ -435,20 +464,24 @@ def test_what_may_not_be_read_or_written(scratch, tmp_path_factory) -> None:
         "try: _folder(f'{f}/closed/out')\n"
         "except LabError as e: print(type(e).__name__, str(e))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120
+    )
     for name in ("images", "closed"):
         (folder / name).chmod(0o755)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 3, done.stderr[-500:]
     assert lines[0].startswith("VideoError ") and "no permission to read it" in lines[0]
-    assert lines[1].startswith("VideoError ") and "ermission" in lines[1]
+    assert lines[1].startswith("VideoError ") and "the folder cannot be read" in lines[1]
     assert lines[2].startswith("UsageError ") and "Permission denied" in lines[2]
 
 
 def test_the_program_itself(scratch) -> None:
     """`vlab` as it is started from a shell."""
     program = [sys.executable, "-c", "from lab.cli.main import run; run()"]
-    done = subprocess.run([*program, "ask", "http://a.b/c.mp4", "q", "--json"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*program, "ask", "http://a.b/c.mp4", "q", "--json"], capture_output=True, text=True, timeout=60
+    )
     check(done.returncode, done.stdout, done.stderr, 5, "nothing is read over the network")
 
 
@@ -464,7 +497,7 @@ def loaded(scratch):
     ("video", "question", "more", "error", "says"),
     [
         ("/no/such.mp4", "q", {}, VideoError, "no such file"), ("", "q", {}, VideoError, "is empty"),
-        ("x" * 5000, "q", {}, VideoError, "not a path"), ("a\0b", "q", {}, VideoError, "not a path"),
+        ("x" * 5000, "q", {}, VideoError, "not a path"), ("a\0b", "q", {}, VideoError, "no such file"),
         ("http://a.b/c.mp4", "q", {}, VideoError, "nothing is read over the network"),
         (np.full((2, 8, 8, 3), np.nan), "q", {}, UsageError, "384 not finite"), (3, "q", {}, UsageError, "a video is a path"),
         (np.zeros((0, 8, 8, 3), np.uint8), "q", {}, VideoError, "no frames"),
@@ -481,7 +514,13 @@ def test_prepare_raises_our_errors(loaded, scratch, video, question, more, error
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [(("a", "a"), "must differ"), (("a", " "), "empty"), (tuple("abc") * 9, "27 options"), ("ab", "sequence")]
+    ("options", "says"),
+    [
+        (("a", "a"), "must differ"),
+        (("a", " "), "empty"),
+        (tuple("abc") * 9, "27 options"),
+        ("ab", "sequence"),
+    ],
 )
 def test_options_that_cannot_be(options, says) -> None:
     with pytest.raises(UsageError, match=says):
@@ -511,7 +550,14 @@ def test_a_run_folder_of_another_recipe(loaded, scratch, tmp_path) -> None:
 
 # ---- nothing computed is lost ---------------------------------------------------------------------------------------
 
-SWEEP = ("video->last", "video->question+option", "question+option->last", "option->last", "last->last", "cross-frame")
+SWEEP = (
+    "video->last",
+    "video->question+option",
+    "question+option->last",
+    "option->last",
+    "last->last",
+    "cross-frame",
+)
 
 
 def _slow_program(delay: float) -> list[str]:
@@ -535,7 +581,9 @@ def _wait_for_lines(journal: Path, n: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"no {n} lines in {journal} after a minute")
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["kill -9", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["kill -9", "Ctrl-C"]
+)
 def test_a_stopped_sweep_goes_on(capsys, recipe, tmp_path, monkeypatch, how, code) -> None:
     """Stopped in the middle of its third pathway; the same command then measures only what is missing."""
     whole = load_recipe(recipe).model_copy(update={"pathways": SWEEP})
@@ -545,7 +593,10 @@ def test_a_stopped_sweep_goes_on(capsys, recipe, tmp_path, monkeypatch, how, cod
     out = tmp_path / "out"
     journal = out / f"journal-{whole.id}" / "journal.jsonl"
     process = subprocess.Popen(
-        [*_slow_program(0.2), "run", str(file), "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*_slow_program(0.1), "run", str(file), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     _wait_for_lines(journal, 3, process)
     process.send_signal(how)
@@ -554,7 +605,9 @@ def test_a_stopped_sweep_goes_on(capsys, recipe, tmp_path, monkeypatch, how, cod
     if how == signal.SIGINT:
         assert said[1].splitlines()[-1] == "vlab: interrupted"
     done = [json.loads(line) for line in journal.read_text().splitlines()][1:]  # every line is whole
-    assert [d["key"].partition("|")[2] for d in done] == list(SWEEP[: len(done)]) and 2 <= len(done) < len(SWEEP)
+    assert [d["key"].partition("|")[2] for d in done] == list(SWEEP[: len(done)]) and 2 <= len(done) < len(
+        SWEEP
+    )
 
     forwards = []
     from probes import knockout as module

@@ -176,6 +176,12 @@ def test_the_usual_pathways_fit_the_prompt(wrapped):
     """Without roles for the question: the portable ones; no cross-frame curve for one frame."""
     model = wrapped("internvl")
     result = knockout(model, model.prepare_inputs(**inputs("internvl")), window=2, show_progress=False)
-    assert result.coords["pathway"] == ["cross-frame", "video->text", "video->last", "text->last", "last->last"]
+    assert result.coords["pathway"] == [
+        "cross-frame",
+        "video->text",
+        "video->last",
+        "text->last",
+        "last->last",
+    ]
     one = knockout(model, model.prepare_inputs(**inputs("internvl", frames=1)), window=2, show_progress=False)
     assert one.coords["pathway"] == ["video->text", "video->last", "text->last", "last->last"]

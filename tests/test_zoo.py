@@ -22,6 +22,15 @@ def copied(saved, tmp_path):
     return copy
 
 
+def _with_tokenizer(name, folder):
+    families.tokenizer(name).save_pretrained(folder)
+    pre = families.preprocessor(name)
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "size": dict(pre.size), "patch_size": pre.patch_size, "merge_size": pre.merge_size,
+        "temporal_patch_size": pre.temporal_patch_size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }))  # fmt: skip
+
+
 @pytest.mark.parametrize("name", FAMILIES + UNKNOWN)
 def test_verify_measures_the_difference(name, wrapped):
     found = verifying.verify(wrapped(name))
@@ -32,12 +41,7 @@ def test_verify_measures_the_difference(name, wrapped):
 def test_a_folder_with_tokenizer_and_preprocessor_asks(name, copied, recwarn):
     """As a user's checkpoint lies on disk: config, weights, tokenizer, preprocessor json."""
     folder = copied(name)
-    families.tokenizer(name).save_pretrained(folder)
-    pre = families.preprocessor(name)
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "size": dict(pre.size), "patch_size": pre.patch_size, "merge_size": pre.merge_size,
-        "temporal_patch_size": pre.temporal_patch_size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    }))  # fmt: skip
+    _with_tokenizer(name, folder)
     model = load(folder, device="cpu")
     assert model.preprocessor is not None and not [w for w in recwarn if w.category is LabWarning]
     from lab.carriers import VideoQA
@@ -199,3 +203,18 @@ def test_unknown_hub_names_are_not_fetched_in_tests():
         load("nobody/no-such-model", device="cpu")
     with pytest.raises(UsageError, match="not one of"):
         load("nobody/no-such-model", device="cpu", dtype="float3")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_outline_prepares_without_weights(name, copied):
+    from lab.carriers import VideoQA
+    from lab.model.zoo import outline
+
+    folder = copied(name)
+    _with_tokenizer(name, folder)
+    item = VideoQA(families.clip(4), "which?", ("a", "b"), 0)
+    bare, full = outline(folder), load(folder, device="cpu", verify=False)
+    assert all(p.device.type == "meta" for p in bare.hf.parameters())
+    ours, theirs = bare.prepare(item, 4), full.prepare(item, 4)
+    assert ours.tokens.roles() == theirs.tokens.roles()
+    assert all(torch.equal(ours.inputs[k], theirs.inputs[k]) for k in theirs.inputs)

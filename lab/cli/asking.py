@@ -41,6 +41,12 @@ class Setting:
         _quiet_bars()
         return load(self.model, device=self.device, dtype=self.dtype)
 
+    def outline(self) -> VideoLLM:
+        """The model without its weights: enough to prepare. Raises ModelError, UsageError."""
+        from lab.model.zoo import outline
+
+        return outline(self.model)
+
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments of `model.prepare` and of `lab.recipe.VideoSpec`."""
         return {k: v for k, v in (("n_frames", self.frames), ("fps", self.fps)) if v is not None}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def show_tokens(item: VideoQA, setting: Setting, every: bool, out: str | None) -> Reply:
     """The token map of the item's prompt: one line for every run of positions of one role, frame and option."""
     path = None if out is None else check_suffix(out)
-    ready = setting.load().prepare(item, **setting.sampling())
+    ready = setting.outline().prepare(item, **setting.sampling())
     tokens = ready.tokens
     rows = list(positions(tokens))
     head = ("position", "role", "kind", "frame", "row", "col", "option", "seconds", "weight", "id", "text")

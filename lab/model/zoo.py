@@ -78,6 +78,23 @@ def load(
     return model
 
 
+def outline(name: str | Path, *, revision: str | None = None) -> VideoLLM:
+    """The model without its weights (on torch's meta device): `prepare` and token maps work, running does not.
+
+    Seconds and megabytes where a checkpoint of 7B takes minutes and gigabytes. Raises ModelError as `load` does.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    folder, where = _locate(name)
+    try:
+        config = AutoConfig.from_pretrained(folder, revision=revision)
+        with torch.device("meta"):
+            hf: Any = AutoModelForImageTextToText.from_config(config)
+    except Exception as e:
+        raise ModelError(f"{where}: transformers cannot build it: {_first_line(e)}") from e
+    return VideoLLM(hf.eval(), find(config), _tokenizer(folder, revision, False), _preprocessor(folder))
+
+
 def weights_hash(name: str | Path) -> str | None:
     """First 12 digits of the sha256 over a local checkpoint's safetensors files; None for hub ids."""
     folder = Path(_locate(name)[0])
