@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +35,17 @@ def see(model: Any, ready: Ready) -> Door:
 
 def _front(model: Any) -> Front:
     tower = model.family.tower_layers(model.hf)
-    points = cast("list[Any]", list(model.vision))
+    points = list(model.vision)
     after = {layer: p.hook_resid_post for layer, p in zip(tower, points, strict=True)}
     connector = model.family.connector(model.hf)
     if connector is not None:
-        after[connector] = cast(Any, model.connector).hook_out
+        after[connector] = model.connector.hook_out
     before = {layer: p.hook_resid_pre for layer, p in zip(tower, points, strict=True)}
     return Front(after, before)
 
 
 def _weights(model: Any) -> list[nn.Parameter]:
-    layers = {id(p) for p in cast(Any, model.lm).layers.parameters()}
+    layers = {id(p) for p in model.lm.layers.parameters()}
     return [p for p in model.hf.parameters() if id(p) not in layers]
 
 
