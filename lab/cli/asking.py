@@ -38,7 +38,7 @@ class Setting:
         """The model. Raises ModelError, UsageError."""
         from lab.model.zoo import load
 
-        _quiet_bars()
+        quiet_bars()
         return load(self.model, device=self.device, dtype=self.dtype)
 
     def outline(self) -> VideoLLM:
@@ -52,7 +52,7 @@ class Setting:
         return {k: v for k, v in (("n_frames", self.frames), ("fps", self.fps)) if v is not None}
 
 
-def _quiet_bars() -> None:
+def quiet_bars() -> None:
     """No bar for loading weights where nobody watches it move."""
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar

@@ -48,6 +48,9 @@ def rerun(path: str, out: str | None) -> Reply:
 
 def resumable(recipe: Recipe, out: Path | None, **more: Any) -> list[Result]:
     """The recipe's results. With a folder, what is finished is kept there until all is: the same command goes on."""
+    from lab.cli.asking import quiet_bars
+
+    quiet_bars()
     if out is None or "out" not in inspect.signature(recipe.run).parameters:
         return recipe.run(progress=True, **more)
     journal = out / f"journal-{recipe.id}"

@@ -396,12 +396,12 @@ def _estimate(
     )  # fmt: skip
     return MemoryEstimate(
         **made, positions=n, patches=video.patches, extras=extras,
-        notes=_notes(config, s, video, dtype, held, new_tokens, rows),
+        notes=_notes(config, s, video, dtype, file > 0, new_tokens, rows),
     )  # fmt: skip
 
 
 def _notes(
-    config: Any, s: _Sizes, video: _Video, dtype: torch.dtype, held: torch.dtype, new_tokens: int, rows: int
+    config: Any, s: _Sizes, video: _Video, dtype: torch.dtype, converted: bool, new_tokens: int, rows: int
 ) -> dict[str, str]:
     name = str(dtype).removeprefix("torch.")
     packed = " (as if not quantised)" if getattr(config, "quantization_config", None) else ""
@@ -413,7 +413,7 @@ def _notes(
         "activations": f"the widest decoder layer over {rows:,} positions (MLP {s.mlp} wide)",
         "overhead": "libraries, kernels' workspaces, the CUDA context on a GPU",
         "loading": "the file's own pages while it is converted"
-        if held != dtype
+        if converted
         else "a piece of a weight while it is checked",
         "total": "weights + overhead + the largest of loading, inputs + tower, inputs + kv + activations",
     }

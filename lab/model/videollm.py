@@ -190,8 +190,7 @@ class VideoLLM(HookedRootModule):
         look: Sequence[int] = (), mechanisms: Mechanisms = (), chunk: int | None = None,
     ) -> Output:  # fmt: skip
         """The same run as `model(ready, ...)`, with what the plan's heads read and the token maps the decoder saw."""
-        if not isinstance(ready, Ready):
-            ready = self.prepare_inputs(**ready)
+        ready = self._ready(ready)
         run = Run(dict(edges or {}), frozenset(look))
         check_layers(self, [*run.edges, *run.look])
         plan = ready.plan + plan_of(mechanisms, self.sizes)
@@ -331,7 +330,7 @@ class VideoLLM(HookedRootModule):
                 "gradient checkpointing runs layers again during backward, when these hooks are gone; use "
                 "`with model.hooks(fwd_hooks=...): loss = ...; loss.backward()`"
             )
-        ready = ready if isinstance(ready, Ready) else self.prepare_inputs(**ready)
+        ready = self._ready(ready)
         self._guard([n for n, _ in fwd_hooks], ready, kept=False)
         watch = [Watch(name, fn) for name, fn in fwd_hooks]
         with self.hooks([(w.name, w) for w in watch], bwd_hooks, reset_hooks_end, clear_contexts):
@@ -350,7 +349,7 @@ class VideoLLM(HookedRootModule):
                       are printed first, and TooBig is raised beyond a quarter of free memory
         fwd_hooks     edits made in the same run; the cache holds the edited values
         """
-        ready = ready if isinstance(ready, Ready) else self.prepare_inputs(**ready)
+        ready = self._ready(ready)
         names = wanted(list(self.hook_dict), names_filter)
         self._guard(names, ready, kept=True)
         store: dict[str, Tensor] = {}
