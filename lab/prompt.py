@@ -105,7 +105,9 @@ def _special_ids(tokenizer: Any) -> set[int]:
     """Ids of special tokens, named (bos ...) or only added (<|im_end|>)."""
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     marked = {i for i, token in added.items() if getattr(token, "special", False)}
-    return {*tokenizer.all_special_ids, *marked} - {tokenizer.unk_token_id}  # unknown words are no special text
+    return {*tokenizer.all_special_ids, *marked} - {
+        tokenizer.unk_token_id
+    }  # unknown words are no special text
 
 
 def _check_seen(spans: Sequence[Span], seen: Sequence[int], stand_in: str) -> None:

@@ -20,8 +20,8 @@ from lab.prompt import answer_spans, lay_out, question_spans
 from lab.spans import Span
 from tests import families as tiny
 
-# What the published templates write for one video and one text. Sources: transformers' conversion scripts (InternVL,
-# LLaVA-NeXT-Video), the processors' own templates (Qwen, VideoLLaMA3), the checkpoint's model card (LLaVA-OneVision).
+# What the published templates write for one video and one text, as far as public code shows them: conversion scripts of
+# transformers (InternVL, LLaVA-NeXT-Video) and publicly quoted templates (Qwen, VideoLLaMA3, LLaVA-OneVision).
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for c in m.content %}"
     "{% if c.type == 'video' %}VIDEO{% else %}{{ c.text }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"

@@ -218,3 +218,18 @@ def test_an_outline_prepares_without_weights(name, copied):
     ours, theirs = bare.prepare(item, 4), full.prepare(item, 4)
     assert ours.tokens.roles() == theirs.tokens.roles()
     assert all(torch.equal(ours.inputs[k], theirs.inputs[k]) for k in theirs.inputs)
+
+
+def test_a_template_kept_with_the_processor(copied):
+    """Older checkpoints keep the chat template in chat_template.json, which tokenizers do not read."""
+    folder = copied("llava_onevision")
+    _with_tokenizer("llava_onevision", folder)
+    template = "{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'video' %}<video>{% else %}\n{{ c.text }}{% endif %}{% endfor %} BOT:{% endfor %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    from lab.carriers import VideoQA
+
+    model = load(folder, device="cpu")
+    assert model.prepare(VideoQA(families.clip(4), "which?"), 4).prompt.endswith("which? BOT:")
+    (folder / "chat_template.json").write_text("{")
+    with pytest.raises(ModelError, match="not a chat template"):
+        load(folder, device="cpu")

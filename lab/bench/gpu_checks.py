@@ -22,6 +22,8 @@ from lab.errors import LabError
 from lab.model.memory import predict
 from lab.model.videollm import VideoLLM
 from lab.model.zoo import wrap
+from lab.pixels import normalise
+from lab.resample import resize
 
 SMALL = models.Shape(
     d=64, mlp=176, layers=3, heads=4, kv_heads=2, vocab=512, tower_d=32, tower_mlp=64, side=48, patch=6
@@ -64,6 +66,7 @@ def run(device: str, *, quick: bool, layers: int | None, frames: int, new: int, 
         parity(report, device, SMALL, dtype, frames=3)
         kernels(report, device, dtype, flex=flex)
     empty_rows(report, device)
+    pixels(report, device)
     shape = SMALL if quick else replace(models.SEVEN_B, layers=layers or models.SEVEN_B.layers)
     big = Subject.make(
         report, device, shape, torch.float32 if quick else torch.bfloat16, frames=4 if quick else frames
@@ -206,6 +209,22 @@ def empty_rows(report: Report, device: str) -> None:
         dead, alive = float(z[:, DEAD_ROW].abs().max()), float(z[:, DEAD_ROW + 1].abs().max())
         good = dead == 0 and alive > 0 and bool(torch.isfinite(logits).all())
         report.add(f"row without keys, z ({name_of(dtype)})", f"{dead:g} (next row {alive:.2g})", "0", good)
+
+
+def pixels(report: Report, device: str) -> None:
+    """Preprocessing on the device gives the CPU's very numbers (integer arithmetic in float64, table look-ups)."""
+    frames = torch.randint(
+        0, 256, (2, 3, 123, 217), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    for resample in ("bicubic", "bilinear", "lanczos"):
+        here, there = (resize(x, (60, 300), resample) for x in (frames, frames.to(device)))
+        report.compare(
+            f"resize {resample}, device vs CPU", float((here.int() - there.cpu().int()).abs().max()), 0.0
+        )
+    a, b = (
+        normalise(x, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 1 / 255) for x in (frames, frames.to(device))
+    )
+    report.compare("normalise, device vs CPU", float((a - b.cpu()).abs().max()), 1e-6)
 
 
 # ---- the big model -------------------------------------------------------------------------------------------------

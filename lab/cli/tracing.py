@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CLIPS = Path(__file__).parents[1] / "data" / "clips"
 NOTEWORTHY = 5  # percent; smaller changes are not worth a sentence
 ALIKE = 0.95  # of the deepest fall: cuts that hurt so much hurt alike
+LONG = 60  # characters; longer answers do not go over a picture
 WINDOW = 9  # the paper's, for models of 28 layers and more
 
 
@@ -76,10 +77,16 @@ def _write(
 ) -> list[str]:
     from lab.cli.rerunning import write_results
     from lab.recipe import dump
-    from lab.view.draw import report
+    from lab.view.draw import report, save
 
     files = write_results(results, folder)
-    # the page once more, with the answer and the frames on it
+    # picture and page once more, with question and answer on them
+    save(
+        results[0],
+        folder / "flow.png",
+        title=_title(item, found),
+        caption=f"Attention cut in {recipe.window} neighbouring layers at a time, centred on the layer below the point.",
+    )
     report(
         results,
         folder / "report.html",
@@ -145,6 +152,8 @@ def _place(change: Any, window: int, n_layers: int) -> str:
         last += 1
     if first == last:
         return f"in {_spoken(layers_of(deepest, window, n_layers))}"
+    if last == first + 1:
+        return f"round layer {first + 1} or {last + 1}"
     return f"round any layer from {first + 1} to {last + 1}"
 
 
@@ -185,6 +194,15 @@ def _intro(recipe: KnockoutRecipe, setting: Setting, reading: str) -> str:
     return (
         f"{setting.model} was asked once, and then again with attention cut: one pathway at a time, in {recipe.window} "
         f"neighbouring layers at a time. Where a curve drops, the answer was passing.\n\n{reading}"
+    )
+
+
+def _title(item: VideoQA, found: Any) -> str:
+    said = f"({found.letter}) {found.text}" if found.letter else found.text.strip()
+    return (
+        f"{item.question}  {said}"
+        if len(said) <= LONG and len(item.question) <= 2 * LONG
+        else "Attention knock-out"
     )
 
 

@@ -6,13 +6,14 @@ safetensors only, no remote code, no network for local folders.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from lab.errors import ConfigError, ModelError, UsageError
+from lab.errors import ModelError, UsageError
 from lab.model.families.base import find
 from lab.model.verifying import audit
 from lab.model.verifying import verify as verify_model
@@ -69,7 +70,9 @@ def load(
     if device_map is None:
         hf.to(target)
     _finite(hf, where)
-    model = wrap(hf, _tokenizer(folder, revision, trust_remote_code), preprocessor=_preprocessor(folder))
+    model = wrap(
+        hf, _tokenizer(folder, revision, trust_remote_code), preprocessor=_preprocessor(folder, revision)
+    )
     model.cfg.model_name = str(name)
     model.spec = _spec(name, kind, device, revision) if device_map is None else None
     if verify:
@@ -92,7 +95,9 @@ def outline(name: str | Path, *, revision: str | None = None) -> VideoLLM:
             hf: Any = AutoModelForImageTextToText.from_config(config)
     except Exception as e:
         raise ModelError(f"{where}: transformers cannot build it: {_first_line(e)}") from e
-    return VideoLLM(hf.eval(), find(config), _tokenizer(folder, revision, False), _preprocessor(folder))
+    return VideoLLM(
+        hf.eval(), find(config), _tokenizer(folder, revision, False), _preprocessor(folder, revision)
+    )
 
 
 def weights_hash(name: str | Path) -> str | None:
@@ -228,22 +233,37 @@ def _tokenizer(folder: str, revision: str | None, trust_remote_code: bool) -> An
     ):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+        made = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as e:
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {_first_line(e)}") from e
+    if not getattr(made, "chat_template", None):
+        made.chat_template = _processors_template(folder, revision)
+    return made
 
 
-def _preprocessor(folder: str) -> Preprocessor | None:
-    """The checkpoint's own preprocessor json, from the folder or the hub's cache; None if it brings none."""
-    names = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
-    if Path(folder).is_dir():
-        found = [folder] if any((Path(folder) / n).exists() for n in names) else []
-    else:
-        from transformers.utils.hub import cached_file
-
-        files = [cached_file(folder, n, _raise_exceptions_for_missing_entries=False) for n in names]
-        found = [str(Path(f).parent) for f in files if f]
+def _processors_template(folder: str, revision: str | None) -> str | None:
+    """The chat template of checkpoints that keep it with the processor (`chat_template.json`), or None."""
+    file = _file(folder, "chat_template.json", revision)
+    if file is None:
+        return None
     try:
-        return Preprocessor.from_folder(found[0]) if found else None
-    except ConfigError:
-        raise
+        return json.loads(file.read_text()).get("chat_template")
+    except (ValueError, AttributeError) as e:
+        raise ModelError(f"{file}: not a chat template: {e}") from None
+
+
+def _file(folder: str, name: str, revision: str | None) -> Path | None:
+    """A file of a checkpoint, from its folder or the hub's cache."""
+    if Path(folder).is_dir():
+        return Path(folder) / name if (Path(folder) / name).exists() else None
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(folder, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
+def _preprocessor(folder: str, revision: str | None) -> Preprocessor | None:
+    """The checkpoint's own preprocessor json; None if it brings none. Raises ConfigError if it makes no sense."""
+    names = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
+    found = [f for f in (_file(folder, n, revision) for n in names) if f is not None]
+    return Preprocessor.from_folder(str(found[0].parent)) if found else None
