@@ -597,6 +597,8 @@ def test_a_stopped_sweep_goes_on(capsys, recipe, tmp_path, monkeypatch, how, cod
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell that starts the tests in the background has Ctrl-C switched off; children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     _wait_for_lines(journal, 3, process)
     process.send_signal(how)

@@ -49,7 +49,12 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def child(code: str, folder: Path) -> subprocess.Popen[str]:
     text = textwrap.dedent(MODULE) + textwrap.dedent(code)
     return subprocess.Popen(
-        [sys.executable, "-c", text, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", text, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that starts the tests in the background has Ctrl-C switched off; children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -85,7 +85,7 @@ def _write(
         results[0],
         folder / "flow.png",
         title=_title(item, found),
-        caption=f"Attention cut in {recipe.window} neighbouring layers at a time, centred on the layer below the point.",
+        caption=f"At every point the pathway is cut in a window of {recipe.window} layers round that layer.",
     )
     report(
         results,
