@@ -46,6 +46,8 @@ class VideoQA:
         options = self.options
         if isinstance(options, str) or not all(isinstance(o, str) for o in options):
             raise UsageError(f"options must be a sequence of texts, got {options!r}")
+        for said in (self.question, *options):
+            _check_unicode(said)
         object.__setattr__(self, "options", tuple(options))
         if isinstance(self.video, Path):
             object.__setattr__(self, "video", str(self.video))
@@ -66,6 +68,16 @@ class VideoQA:
     def letter(self) -> str | None:
         """Letter of the right option, None if there are no options or the answer is unknown."""
         return LETTERS[self.answer] if self.options and isinstance(self.answer, int) else None
+
+
+def _check_unicode(text: str) -> None:
+    """Bytes of another encoding come from a command line as lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(
+            f"{text[:60]!r} is not valid text (character {e.start}); write it in UTF-8"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -252,6 +252,10 @@ def _row(item: VideoQA, folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"the video of {item.id or item.question!r} is a {type(item.video).__name__}, not a file; write it first"
         )
+    try:
+        item.video.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the name of the video {item.video!r} is not UTF-8; rename it") from None
     video = Path(item.video).absolute()
     inside = video.is_relative_to(folder.absolute())
     row: dict[str, Any] = {n: getattr(item, n) for n in FIELDS}

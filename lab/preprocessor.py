@@ -15,6 +15,7 @@ Budget = Literal["frame", "video", "share"]
 
 # Pillow's numbers, as the json writes them
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+LONGEST_SIDE = 16_384  # a frame of such sides takes 3 GB; more is a mistake in the file
 SIZE_KEYS = {"height", "width", "shortest_edge", "longest_edge", "min_pixels", "max_pixels"}
 FILES = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
 
@@ -95,7 +96,7 @@ def _find(path: Path) -> tuple[str, Mapping[str, Any]]:
 def _load(path: Path) -> Mapping[str, Any]:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as json: {error}") from None
     if not isinstance(said, dict):
         raise ConfigError(f"{path}: must hold a json object, holds {type(said).__name__}")
@@ -194,6 +195,9 @@ class _Checked:
         if isinstance(got, list | tuple) and len(got) == 2:
             got = {"height": got[0], "width": got[1]}
         given = {k: v for k, v in got.items() if v is not None} if isinstance(got, dict) else {}
+        sides = {k: v for k, v in given.items() if k in ("height", "width")}
+        if any(_is_count(v) and v > LONGEST_SIDE for v in sides.values()):
+            raise self.fail(name, f"at most {LONGEST_SIDE:,} pixels a side")
         if not given or set(given) - SIZE_KEYS or not all(_is_count(v) for v in given.values()):
             raise self.fail(
                 name, "positive whole numbers under height and width, or shortest_edge (and longest_edge)"

@@ -172,9 +172,13 @@ def _check_size(info: VideoInfo, n: int) -> None:
     need, free = n * 3 * info.width * info.height, free_bytes()
     if need > free // LARGEST_SHARE:
         raise TooBig(
-            f"{info.source}: {n} frames of {info.width} x {info.height} need {need:,} bytes, "
+            f"{info.source}: {_short(n)} frames of {info.width} x {info.height} need {_short(need)} bytes, "
             f"a quarter of the free memory is {free // LARGEST_SHARE:,}; take fewer frames or a smaller video"
         )
+
+
+def _short(n: int) -> str:
+    return f"{n:,}" if n < 10**18 else f"10^{len(str(n)) - 1}"
 
 
 def free_bytes() -> int:

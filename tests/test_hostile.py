@@ -115,9 +115,11 @@ THINGS = {
     "other": lambda p: _damaged(p, _foreign_weights),
     "bad_tokenizer": lambda p: _damaged(p, lambda f: (f / "tokenizer.json").write_text("{")),
     "bad_size": lambda p: _damaged(p, lambda f: (f / "preprocessor_config.json").write_text('{"size": {"height": -3, "width": 24}, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')),
+    "nested": lambda p: _damaged(p, lambda f: (f / "preprocessor_config.json").write_text("[" * 10**5)),
+    "huge_size": lambda p: _damaged(p, lambda f: (f / "preprocessor_config.json").write_text('{"size": {"height": 1000000, "width": 1000000}, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')),
 }  # fmt: skip
 SUFFIXES = {"half_png": ".png", "bomb_png": ".png", "nan_npy": ".npy", "fifo": ".mp4"}
-FOLDERS = {"model", "folder", "words", "two_sizes", "bad_json", "gpt2", "remote", "nan", "half", "pickle", "other", "bad_tokenizer", "bad_size"}  # fmt: skip
+FOLDERS = {"model", "folder", "words", "two_sizes", "bad_json", "gpt2", "remote", "nan", "half", "pickle", "other", "bad_tokenizer", "bad_size", "huge_size", "nested"}  # fmt: skip
 
 
 def _saved_picture(path: Path, side: int) -> None:
@@ -231,6 +233,8 @@ CASES = {
     "empty target": (asked("q", "--answer", ""), 2, "the target '' has no tokens"),
     "long target": (asked("q", "--max-tokens", "1", "--answer", "x" * 9000), 2, "the target has 9,000 tokens"),
     "json, and an error": (asked("q", "-o", "a", "-o", "b", "--answer", "z", "--json"), 2, "--answer 'z'"),
+    "question of other bytes": (asked("caf\udce9?"), 2, r"is not valid text \(character 3\)"),
+    "option of other bytes": (asked("q", "-o", "\udcff"), 2, "is not valid text"),
     # frames
     "0 frames": (asked("q", "-n", "0"), 2, "--frames 0: at least 1"),
     "-1 frames": (asked("q", "-n", "-1"), 2, "--frames -1: at least 1"),
@@ -241,6 +245,7 @@ CASES = {
     "fps -1": (("ask", "{video}", "q", "-m", "{model}", "--fps", "-1"), 2, "fps -1"),
     "fps inf": (("ask", "{video}", "q", "-m", "{model}", "--fps", "inf"), 2, "fps.*inf"),
     "fps 1e12": (("ask", "{video}", "q", "-m", "{model}", "--fps", "1e12"), 4, "bytes, a quarter of the free memory"),
+    "fps 1e300": (("ask", "{video}", "q", "-m", "{model}", "--fps", "1e300"), 4, r"10\^300 frames of 64 x 48 need"),
     "frames and fps": (asked("q", "--fps", "2"), 2, "--frames 2 and --fps 2 are given; choose one"),
     "0 new tokens": (asked("q", "--max-tokens", "0"), 2, "--max-tokens 0: at least 1"),
     # models
@@ -258,9 +263,12 @@ CASES = {
     "weights of another config": (model("{other}"), 6, r"\d+ of the wrong shape .* belongs to another config"),
     "broken tokenizer": (model("{bad_tokenizer}"), 6, "its tokenizer cannot be loaded"),
     "negative size": (model("{bad_size}"), 3, "size must be positive whole numbers"),
+    "size of 10^12 pixels": (model("{huge_size}"), 3, "at most 16,384 pixels a side"),
+    "nested preprocessor json": (model("{nested}"), 3, "cannot be read as json"),
     # devices
     "no such device": (asked("q", "--device", "gpu"), 2, "device 'gpu' cannot be used here"),
     "a GPU that is not there": (asked("q", "--device", "cuda:99"), 2, "device 'cuda:99' cannot be used here"),
+    "a device without numbers": (asked("q", "--device", "meta"), 2, "device 'meta' cannot be used here"),
     "int8": (asked("q", "--dtype", "int8"), 2, "dtype 'int8' is not one of float32"),
     # pathways, window, out
     "unknown role": (trace("-p", "vidoe->last"), 2, "no role 'vidoe'; closest: video"),
@@ -417,6 +425,13 @@ def test_odd_questions_are_answered(capsys, scratch, tmp_path, question, note) -
     assert re.search(note.replace("|", r"\|"), err) if note else err == ""
 
 
+def test_a_video_named_in_other_bytes_cannot_be_traced(capsys, scratch, tmp_path) -> None:
+    clip = tmp_path / "caf\udce9.mp4"
+    shutil.copy(scratch("video"), clip)
+    args = ("trace", str(clip), *filled((*Q, "-p", "video->last"), scratch), "--out", str(tmp_path / "out"))
+    check(*vlab(capsys, *args), 2, "the name of the video .* is not UTF-8; rename it")
+
+
 @pytest.mark.parametrize("name", ["new\nline ünï 🎬.mp4", "-dash.mp4", "100%s {x}.mp4"])
 def test_odd_names_are_opened(capsys, scratch, tmp_path, monkeypatch, name) -> None:
     monkeypatch.chdir(tmp_path)
@@ -474,6 +489,11 @@ def test_what_may_not_be_read_or_written(scratch, tmp_path_factory) -> None:
     assert lines[0].startswith("VideoError ") and "no permission to read it" in lines[0]
     assert lines[1].startswith("VideoError ") and "the folder cannot be read" in lines[1]
     assert lines[2].startswith("UsageError ") and "Permission denied" in lines[2]
+
+
+def test_no_words_are_a_call_for_help(capsys) -> None:
+    code, out, err = vlab(capsys)
+    assert (code, err) == (0, "") and out.startswith("Usage: vlab") and "Exit codes" in out
 
 
 def test_the_program_itself(scratch) -> None:

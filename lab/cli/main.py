@@ -218,7 +218,7 @@ def doctor(
 def main(args: Sequence[str]) -> int:
     """Runs one command line and returns its exit code. Prints errors as one line on stderr."""
     debug = "--debug" in args
-    args = [a for a in args if a != "--debug"]
+    args = [a for a in args if a != "--debug"] or ["--help"]
     usage_error: type[Exception] = typer.BadParameter.__bases__[
         0
     ]  # click's, which some versions of typer carry inside

@@ -140,7 +140,7 @@ def _config(model: Any) -> tuple[Any, Any, str]:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return config, _preprocessor(folder), where
+        return config, _preprocessor(folder, None), where
     except LabError:
         raise
     except Exception as e:  # transformers and the hub raise many kinds; all mean that there is no such config

@@ -151,7 +151,7 @@ def _device(device: Any) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.empty(1, device=chosen).item()  # the meta device holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
         raise UsageError(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}") from None
     return chosen
