@@ -110,7 +110,7 @@ class ModelSpec(Part):
     """Which model. `weights` is the hash of its weights, checked at load when given."""
 
     name: str = "tiny"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     device: str = "auto"
     revision: str | None = None
     weights: str | None = None
