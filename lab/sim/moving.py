@@ -7,24 +7,34 @@ direction decides only in which order it is walked.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from lab.carriers import VideoQA
+from lab.errors import UsageError
+from lab.sim import stage as staged
 from lab.sim.shapes import COLOURS, SHAPES, SIDE, Scene, render
 
 TASK = "moving_direction"
 DIRECTIONS: tuple[str, ...] = ("left", "right", "up", "down")
 
 
-def items(n: int, seed: int, *, frames: int = 8) -> list[VideoQA]:
+def items(n: int, seed: int, *, frames: int = 8, form: str = "choice", **knobs: Any) -> list[VideoQA]:
     """`n` questions with clips of `frames` frames. The same seed gives the same items, byte by byte.
 
     video   uint8 [frame, 64, 64, 3]
-    state   the `Scene`; `direction(state)` is the answer
-    twin    the same clip walked the other way, same options
+    state   the `Scene`, or with a knob turned (see `lab.sim.stage.Knobs`) the `Stage`; `direction(state)` is the answer
+    twin    the same clip with the shape walking the other way, same options
+    form    "choice" or "open": no options, the answer is the word
     """
-    return [item(np.random.default_rng((seed, i)), id=f"{TASK}/{seed}/{i}", frames=frames) for i in range(n)]
+    turned = staged.Knobs.of(knobs)
+    if form not in ("choice", "open"):
+        raise UsageError(f"form must be 'choice' or 'open', got {form!r}")
+    out = [item(np.random.default_rng((seed, i)), id=f"{TASK}/{seed}/{i}", frames=frames) for i in range(n)]
+    if turned != staged.Knobs():
+        out = [_disturbed(one, turned, (seed, i, 1)) for i, one in enumerate(out)]
+    return [_opened(one) for one in out] if form == "open" else out
 
 
 def item(rng: np.random.Generator, *, id: str = "", frames: int = 8) -> VideoQA:
@@ -35,9 +45,10 @@ def item(rng: np.random.Generator, *, id: str = "", frames: int = 8) -> VideoQA:
     return replace(_ask(scene, options, id), twin=other)
 
 
-def direction(scene: Scene) -> str:
+def direction(scene: Scene | staged.Stage) -> str:
     """Which way the shape moved, read from the ground truth (the longer axis from first to last frame)."""
-    (x0, y0), (x1, y1) = scene.track[0], scene.track[-1]
+    track = scene.track if isinstance(scene, Scene) else scene.things[0].track
+    (x0, y0), (x1, y1) = track[0], track[-1]
     if abs(x1 - x0) > abs(y1 - y0):
         return "right" if x1 > x0 else "left"
     return "down" if y1 > y0 else "up"
@@ -46,6 +57,16 @@ def direction(scene: Scene) -> str:
 def twin_scene(scene: Scene) -> Scene:
     """The same scene with its track walked backwards."""
     return replace(scene, track=scene.track[::-1])
+
+
+def stage_of(scene: Scene) -> staged.Stage:
+    """The same clip as a `Stage`: the same pixels, and room for knobs."""
+    n = len(scene.track)
+    thing = staged.Thing(scene.shape, scene.colour, scene.track, (scene.radius,) * n, (True,) * n)
+    event = staged.Event("moves", 0, 0.0, (n - 1) / staged.FPS)
+    return staged.Stage(
+        (thing,), ("",) * n, (event,), ground=scene.ground, grain=scene.grain, seed=scene.seed
+    )
 
 
 def draw_scene(rng: np.random.Generator, frames: int, *, way: str | None = None) -> Scene:
@@ -73,6 +94,19 @@ def _ask(scene: Scene, options: tuple[str, ...], id: str) -> VideoQA:
         task=TASK,
         state=scene,
     )
+
+
+def _disturbed(one: VideoQA, knobs: staged.Knobs, seed: tuple[int, ...]) -> VideoQA:
+    """The item and its twin with the same knobs turned the same way."""
+    state = staged.disturb(stage_of(one.state), knobs, np.random.default_rng(seed))
+    twin = None if one.twin is None else _disturbed(one.twin, knobs, seed)
+    return replace(one, video=staged.render(state), state=state, twin=twin)
+
+
+def _opened(one: VideoQA) -> VideoQA:
+    """The item without its options."""
+    twin = None if one.twin is None else _opened(one.twin)
+    return replace(one, options=(), answer=one.options[int(one.answer or 0)], twin=twin)
 
 
 def _ground(rng: np.random.Generator) -> tuple[int, int, int]:
