@@ -29,10 +29,11 @@ _SURFACE = {
     "load_items": ("lab.items", "load_items"),
     "about": ("lab.cli.versions", "about"),
     "errors": ("lab.errors", ""),
+    "edges": ("lab.edges", ""),
 }
 
 if TYPE_CHECKING:
-    from lab import errors
+    from lab import edges, errors
     from lab.carriers import Frames, TokenMap, VideoQA
     from lab.cli.versions import about
     from lab.items import load_items
@@ -50,6 +51,7 @@ __all__ = [
     "VideoQA",
     "__version__",
     "about",
+    "edges",
     "errors",
     "load",
     "load_items",

@@ -18,7 +18,7 @@ from lab.errors import ConfigError
 from lab.result import Result
 from tests import clips, families
 
-COMMANDS = ("demo", "ask", "trace", "run", "tokens", "models", "doctor")
+COMMANDS = ("demo", "ask", "trace", "run", "tokens", "models", "doctor", "count", "policy")
 ASK = ["Which way?", "-o", "left", "-o", "right"]
 
 

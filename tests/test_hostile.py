@@ -583,9 +583,9 @@ SWEEP = (
 def _slow_program(delay: float) -> list[str]:
     """`vlab`, each forward of a cut taking `delay` seconds longer, so that a signal can fall in between."""
     code = (
-        "import time; from probes import knockout as k; fast = k._p\n"
-        f"def slow(*a): time.sleep({delay}); return fast(*a)\n"
-        "k._p = slow\n"
+        "import time; from lab.edges import sweeping as s; run_dense = s.run_dense\n"
+        f"def slow(*a): time.sleep({delay}); return run_dense(*a)\n"
+        "s.run_dense = slow\n"
         "from lab.cli.main import run; run()"
     )
     return [sys.executable, "-c", code]
@@ -632,10 +632,10 @@ def test_a_stopped_sweep_goes_on(capsys, recipe, tmp_path, monkeypatch, how, cod
     )
 
     forwards = []
-    from probes import knockout as module
+    from lab.edges import sweeping as module
 
-    measure = module._p
-    monkeypatch.setattr(module, "_p", lambda *a: (forwards.append(1), measure(*a))[1])
+    measure = module.run_dense  # of cuts; the clean run has none
+    monkeypatch.setattr(module, "run_dense", lambda m, r, cuts: (forwards.extend([1] * bool(cuts)), measure(m, r, cuts))[1])  # fmt: skip
     got, _, err = vlab(capsys, "run", str(file), "--out", str(out))
     assert got == 0, err
     assert len(forwards) == (len(SWEEP) - len(done)) * families.LAYERS

@@ -16,6 +16,7 @@ from lab.errors import RunError, UsageError
 from lab.model.door import Door
 from lab.model.hooking import check_name
 from lab.model.layout import lay_out
+from lab.model.pruning import pruned_edges
 from lab.model.ready import Ready
 from lab.model.run import Edges, Run
 from lab.model.videollm import VideoLLM
@@ -54,8 +55,17 @@ class Forward:
         with self.model.lock.shared():
             embeds = self.model.embed.get_submodule("hook_out")(door.embeds)
             door = Door(embeds, door.rope, door.pad, door.deep)
-            resid, side = self.model.stream(door, Run(self.edges), plan=self.ready.plan, tokens=maps)
+            run = Run(self._edges(world, maps))
+            resid, side = self.model.stream(door, run, plan=self.ready.plan, tokens=maps)
             return self.model.read(resid, side)[:, -1]
+
+    def _edges(self, world: Tensor, maps: tuple[Any, ...]) -> dict[int, Edges]:
+        """The cuts, with those of a policy that is open (`model.pruned`)."""
+        policy = self.model.pruning.chosen(None)
+        if policy is None:
+            return self.edges
+        maps = maps[:1] if len(world.unique()) == 1 else maps
+        return pruned_edges(policy, maps, self.model.reach, self.ready.item, self.edges)
 
     def _rows(self, embeds: Tensor, world: Tensor | None) -> Tensor:
         if world is not None:

@@ -191,6 +191,76 @@ def tokens(
     _finish(work, as_json)
 
 
+PolicyName = Annotated[
+    str, typer.Argument(metavar="POLICY", help="A policy file (.yaml, .json), or a preset such as 7b/strict.")
+]
+Layers = Annotated[
+    int | None,
+    typer.Option(
+        "--layers", metavar="N", min=1, max=10_000, help="Layers of the model, where the policy does not say."
+    ),
+]
+policy_app = typer.Typer(
+    name="policy",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Show, check and list attention-edge policies.",
+)
+app.add_typer(policy_app, short_help="Show, check and list attention-edge policies.")
+
+
+@app.command("count", short_help="Count the attention edges a policy keeps.")
+def count_edges(
+    policy: PolicyName,
+    layout: Annotated[
+        str, typer.Option("--layout", metavar="SIZES", help="System, frames x tokens, question, template; '52,8x7+128,44,19' has timestamps.")
+    ] = "52,8x144,44,19",
+    layers: Layers = None,
+    heads: Annotated[int | None, typer.Option("--heads", metavar="N", min=1, help="Heads, if the policy cuts single ones.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Count the attention edges a policy keeps: by the paper's rule, and those that can reach the answer."""
+    from lab.cli import policies
+
+    _finish(lambda: policies.count(policy, layout, layers, heads), as_json)
+
+
+@policy_app.command("show", short_help="Show a policy.")
+def show_policy(
+    policy: PolicyName, layers: Layers = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="Write it here too (.yaml or .json).")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Show a policy file or preset: what it cuts, in which layers."""
+    from lab.cli import policies
+
+    _finish(lambda: policies.show(policy, layers, out), as_json)
+
+
+@policy_app.command("validate", short_help="Check a policy file.")
+def validate_policy(policy: PolicyName, as_json: Json = False) -> None:
+    """Check a policy file. An error names the field."""
+    from lab.cli import policies
+
+    _finish(lambda: policies.validate(policy), as_json)
+
+
+@policy_app.command("presets", short_help="List the presets.")
+def list_presets(as_json: Json = False) -> None:
+    """List the presets and the share of edges they keep."""
+    from lab.cli import policies
+
+    _finish(policies.presets_known, as_json)
+
+
+@policy_app.command("schema", short_help="Print the JSON Schema of policy files.")
+def policy_schema(as_json: Json = False) -> None:
+    """Print the JSON Schema of policy files."""
+    from lab.cli import policies
+
+    _finish(policies.schema, as_json)
+
+
 @app.command(short_help="List known checkpoints and their sizes.")
 def models(as_json: Json = False) -> None:
     """List checkpoints known to work, their sizes and the memory they take."""

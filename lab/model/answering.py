@@ -58,7 +58,7 @@ def letter_ids(tokenizer: Any, n: int) -> list[int]:
 @torch.no_grad()
 def answer(
     model: Any, ready: Ready, *, target: str | None, edges: Mapping[int, Edges] | None = None,
-    mechanisms: Any = (), max_new_tokens: int = 20,
+    mechanisms: Any = (), max_new_tokens: int = 20, policy: Any = None,
 ) -> Answer:  # fmt: skip
     """Answer one prepared question. Raises UsageError for several worlds or a target without tokens."""
     if ready.n_worlds != 1:
@@ -68,14 +68,11 @@ def answer(
     item = ready.item
     if target is None and item is not None and not item.options and isinstance(item.answer, str):
         target = item.answer
-    probs = model(ready, edges=edges, mechanisms=mechanisms)[0, -1].float().softmax(-1).cpu()
-    forced = _teacher_forced(model, ready, target, edges, mechanisms) if target is not None else {}
+    how: dict[str, Any] = {"edges": edges, "mechanisms": mechanisms, "policy": model.pruning.chosen(policy)}
+    probs = model(ready, **how)[0, -1].float().softmax(-1).cpu()
+    forced = _teacher_forced(model, ready, target, how) if target is not None else {}
     if item is None or not item.options:
-        text = (
-            str(model.generate(ready, max_new_tokens=max_new_tokens, edges=edges, mechanisms=mechanisms))
-            if model.tokenizer
-            else ""
-        )
+        text = str(model.generate(ready, max_new_tokens=max_new_tokens, **how)) if model.tokenizer else ""
         return Answer(probs, text=text, **forced)
     letters = probs[torch.tensor(letter_ids(model.need_tokenizer(), len(item.options)))]
     best = int(letters.argmax())
@@ -85,7 +82,7 @@ def answer(
     )  # fmt: skip
 
 
-def _teacher_forced(model: Any, ready: Ready, target: str, edges: Any, mechanisms: Any) -> dict[str, Any]:
+def _teacher_forced(model: Any, ready: Ready, target: str, how: dict[str, Any]) -> dict[str, Any]:
     """log p of every target token given the prompt and the target tokens before it."""
     ids = model.need_tokenizer()(target, add_special_tokens=False, return_tensors="pt")["input_ids"]
     if not ids.shape[1]:
@@ -94,21 +91,21 @@ def _teacher_forced(model: Any, ready: Ready, target: str, edges: Any, mechanism
         raise UsageError(
             f"the target has {ids.shape[1]:,} tokens, the model was made for {model.cfg.n_ctx:,} positions; shorten it"
         )
-    logits = target_logits(model, ready, ids, edges=edges, mechanisms=mechanisms)
+    logits = target_logits(model, ready, ids, **how)
     each = logits.float().log_softmax(-1).gather(-1, ids.to(logits.device)[..., None]).squeeze(-1)[0]
     return {"target": target, "logprob": float(each.sum()), "token_logprobs": tuple(each.tolist())}
 
 
 def target_logits(
-    model: Any, ready: Ready, ids: Tensor, *, edges: Any = None, mechanisms: Any = ()
+    model: Any, ready: Ready, ids: Tensor, *, edges: Any = None, mechanisms: Any = (), policy: Any = None
 ) -> Tensor:
     """Logits [world, target, d_vocab] that predict the target ids [world, target], prompt and target read cached."""
     from lab.model.decoder import decode
 
     plan = ready.plan + plan_of(mechanisms, model.sizes)
-    run = Run(dict(edges or {}))
+    run = Run(dict(edges or {}), policy=model.pruning.chosen(policy))
     with model.lock.shared():
-        door, _ = model.arrive(ready, plan)
+        door, _ = model.arrive(ready, plan, run)
         cache = model.new_cache(plan)
         first = model.read(*model.prefill(door, run, cache, plan=plan))
         if ids.shape[1] == 1:

@@ -84,6 +84,8 @@ def _attend(
     query = swap(points.hook_rot_q(swap(query)))
     if call.k_order is None:  # no cache: a cache has sent its new rows through the points already
         key, value = through_points(call, key, value)
+    if call.run.attend is not None:
+        return points.hook_z(call.run.attend(call, query, key, value, kw))
     k_order = call.side.order if call.k_order is None else call.k_order
     layer = call.parts.index
     edges = call.run.edges.get(layer)

@@ -55,19 +55,19 @@ def decode(
         resid = block.hook_resid_post(resid)
         if layer < len(side.deep):
             resid = resid + side.deep[layer].to(resid.device)
-    _all_reached(model, run)
+    all_reached(model, run)
     return resid, side
 
 
 def _wrapped(model: Decoder, layer: int, detours: tuple[Detour, ...]) -> Step:
-    step: Step = partial(_one_layer, model, layer)
+    step: Step = partial(one_layer, model, layer)
     for detour in reversed(detours):  # the first detour is the outermost
         step = partial(detour, layer, step)
     return step
 
 
-def _one_layer(model: Decoder, layer: int, resid: Tensor, side: Side) -> tuple[Tensor, Side]:
-    """The checkpoint's layer as a black box `step`."""
+def one_layer(model: Decoder, layer: int, resid: Tensor, side: Side) -> tuple[Tensor, Side]:
+    """The checkpoint's layer as a black box `step`, without the points round it and without DeepStack."""
     parts: LayerParts = model.parts[layer]
     run: Run = side.run
     run.entered.add(layer)
@@ -112,7 +112,8 @@ def _mixer_mask(parts: LayerParts, side: Side) -> Tensor | None:
     return side.pad[:, side.order.to(side.pad.device)]
 
 
-def _all_reached(model: Decoder, run: Run) -> None:
+def all_reached(model: Decoder, run: Run) -> None:
+    """Raises RunError if a layer ran whose attention never came to the lab's attention function."""
     expected = {i for i in run.entered if model.parts[i].attn is not None}
     missing = sorted(expected - run.reached)
     if missing:

@@ -49,7 +49,7 @@ def generate(
     pad = _pad_id(model, ends)
     ids: list[Tensor] = []
     with model.lock.shared():
-        door, _ = model.arrive(ready, plan)
+        door, _ = model.arrive(ready, plan, run)
         cache = model.new_cache(plan)
         resid, side = model.prefill(door, run, cache, chunk=chunk, plan=plan)
         logits = model.read(resid, side)[:, -1]

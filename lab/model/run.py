@@ -45,7 +45,11 @@ class LayerParts:
 
 @dataclass
 class Run:
-    """One forward pass (or one cached generation): its cuts, what is looked at, what has been reached."""
+    """One forward pass (or one cached generation): its cuts, what is looked at, what has been reached.
+
+    attend  stands in for the attention kernel: (call, query, key, value, keywords) -> z [world, pos, head, d_head],
+            heads of keys not repeated. For runs whose rows are not one sequence; None: the kernel.
+    """
 
     edges: Mapping[int, Edges] = field(default_factory=dict)
     look: frozenset[int] = frozenset()
@@ -54,6 +58,8 @@ class Run:
     reached: set[int] = field(default_factory=set)
     rope: list[tuple[Tensor, Any]] = field(default_factory=list)  # last (rope positions, embeddings) computed
     masks: dict[int | None, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    policy: Any = None  # what the run was called with; becomes edges once the token maps are known
+    attend: Callable[..., Tensor] | None = None
 
 
 @dataclass

@@ -31,6 +31,7 @@ from lab.model.layout import lay_out
 from lab.model.lock import SharedLock
 from lab.model.points import Block, FinalNorm, Points
 from lab.model.preparing import prepare, prepare_inputs
+from lab.model.pruning import EdgePolicy, Pruning, Reach, pruned_edges, refuse_with
 from lab.model.reading import Read, rows
 from lab.model.ready import Ready
 from lab.model.run import Edges, Run
@@ -69,7 +70,7 @@ class VideoLLM(HookedRootModule):
         self.family = family
         self.tokenizer = tokenizer
         self.preprocessor = preprocessor
-        self.lock = SharedLock()
+        self.lock, self.pruning = SharedLock(), Pruning()
         self.tower_calls = 0
         self.spec: dict[str, Any] | None = None  # how a recipe names this model; None if it cannot
         lm = anatomy.language_model(hf)
@@ -88,11 +89,12 @@ class VideoLLM(HookedRootModule):
     def __getstate__(self) -> dict[str, Any]:
         with self.lock.alone():
             capturing.take_off(self.hf)
-        return {k: v for k, v in self.__dict__.items() if k != "lock"}  # a lock cannot be copied or pickled
+        # locks and context variables cannot be copied or pickled
+        return {k: v for k, v in self.__dict__.items() if k not in ("lock", "pruning")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.lock = SharedLock()
+        self.lock, self.pruning = SharedLock(), Pruning()
         register(self.kernel)
         capturing.make_known(self.hf)
 
@@ -119,6 +121,11 @@ class VideoLLM(HookedRootModule):
         """What mechanisms are told."""
         c = self.cfg
         return ModelSizes(c.n_layers, c.n_heads, c.n_key_value_heads, c.d_model, c.d_head, c.d_vocab)
+
+    @property
+    def reach(self) -> Reach:
+        """What policies need to know: sizes, and which layers have edges."""
+        return Reach(self.sizes, frozenset(p.index for p in self.parts if p.attn is not None))
 
     @property
     def W_U(self) -> Tensor:  # noqa: N802 (TransformerLens's name)
@@ -174,6 +181,7 @@ class VideoLLM(HookedRootModule):
     def forward(
         self, ready: Ready | Mapping[str, Any], *, read: Read = "last", edges: Mapping[int, Edges] | None = None,
         look: Sequence[int] = (), mechanisms: Mechanisms = (), chunk: int | None = None,
+        policy: EdgePolicy | None = None, executor: str = "reference",
     ) -> Tensor:  # fmt: skip
         """Logits [world, pos, d_vocab] at the positions read.
 
@@ -181,21 +189,30 @@ class VideoLLM(HookedRootModule):
         edges   layer (0-based) -> function of (q positions, k positions) giving the edges kept, or a bias to add
         look    layers (0-based) whose scores and pattern must exist although no torch hook shows it (nnsight)
         chunk   prefill in pieces of so many positions: long videos in less memory. Not with hooks.
+        policy  which edges are cut (`lab.edges.Policy`); in place of that of an open `pruned`. `edges` adds to it
+        executor  "reference" masks; "fast" computes only the rows that change and matter, where the policy offers it
         Raises UsageError for a position or layer that does not exist; RunError for what cannot be combined.
         """
-        return self.run(ready, read=read, edges=edges, look=look, mechanisms=mechanisms, chunk=chunk).logits
+        policy = self.pruning.chosen(policy)
+        if executor != "reference":
+            refuse_with(executor, policy, edges=edges, look=look, mechanisms=mechanisms, chunk=chunk)
+            return cast(Any, policy).executor(executor)(self, self._ready(ready), policy, read=read)
+        return self.run(
+            ready, read=read, edges=edges, look=look, mechanisms=mechanisms, chunk=chunk, policy=policy
+        ).logits
 
     def run(
         self, ready: Ready | Mapping[str, Any], *, read: Read = "last", edges: Mapping[int, Edges] | None = None,
         look: Sequence[int] = (), mechanisms: Mechanisms = (), chunk: int | None = None,
+        policy: EdgePolicy | None = None,
     ) -> Output:  # fmt: skip
         """The same run as `model(ready, ...)`, with what the plan's heads read and the token maps the decoder saw."""
         ready = self._ready(ready)
-        run = Run(dict(edges or {}), frozenset(look))
+        run = Run(dict(edges or {}), frozenset(look), policy=self.pruning.chosen(policy))
         check_layers(self, [*run.edges, *run.look])
         plan = ready.plan + plan_of(mechanisms, self.sizes)
         with self.plan_hooks(plan), self.lock.shared():
-            door, maps = self.arrive(ready, plan)
+            door, maps = self.arrive(ready, plan, run)
             resid, side = self.stream(door, run, plan=plan, tokens=maps, chunk=chunk)
             logits = self.read(resid, side, read, chunked=chunk is not None)
             heads: dict[str, Tensor] = {}
@@ -203,11 +220,18 @@ class VideoLLM(HookedRootModule):
                 heads |= head(self.ln_final(resid), side)
         return Output(logits, heads, side.tokens)
 
-    def arrive(self, ready: Ready, plan: Plan | None = None) -> tuple[Door, tuple[Any, ...]]:
-        """See and lay out: the state at the decoder's door, and the token map of every world."""
+    def arrive(
+        self, ready: Ready, plan: Plan | None = None, run: Run | None = None
+    ) -> tuple[Door, tuple[Any, ...]]:
+        """See and lay out: the state at the decoder's door, and the token map of every world.
+
+        The policy of the `run`, if it has one, becomes edges here, on the maps that the decoder will see.
+        """
         plan = ready.plan if plan is None else plan
         door = self.see(ready)
         door, maps = lay_out(self, ready, door, plan)
+        if run is not None and run.policy is not None:
+            run.edges = pruned_edges(run.policy, maps, self.reach, ready.item, run.edges)
         return Door(cast(Any, self.embed).hook_out(door.embeds), door.rope, door.pad, door.deep), maps
 
     def see(self, ready: Ready) -> Door:
@@ -294,6 +318,15 @@ class VideoLLM(HookedRootModule):
             yield self
 
     @contextmanager
+    def pruned(self, policy: EdgePolicy) -> Iterator[VideoLLM]:
+        """Cut a policy's edges in every run made inside: calls, hooked runs, generation, answers.
+
+        The innermost policy counts. A run in a thread without the policy raises RunError: see `lab.model.pruning`.
+        """
+        with self.pruning.using(policy):
+            yield self
+
+    @contextmanager
     def alone(self) -> Iterator[VideoLLM]:
         """Hold the model alone: for captum, nnsight and other code that hooks modules by itself.
 
@@ -374,13 +407,14 @@ class VideoLLM(HookedRootModule):
         top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop: Sequence[int] | None = None,
         edges: Mapping[int, Edges] | None = None, mechanisms: Mechanisms = (), chunk: int | None = None,
         callback: Callable[[list[int], str], Any] | None = None, return_ids: bool = False,
+        policy: EdgePolicy | None = None,
     ) -> Any:  # fmt: skip
         """Text (a `Generated`: a str with `.ids` [world, new] and `.texts`), or (text, ids) with `return_ids`.
 
         See `lab.model.generation`. Hooks that are open see the prompt once, then one new row a step.
         """
         ready = self._ready(ready)
-        run = Run(dict(edges or {}))
+        run = Run(dict(edges or {}), policy=self.pruning.chosen(policy))
         check_layers(self, [*run.edges])
         plan = ready.plan + plan_of(mechanisms, self.sizes)
         with self.plan_hooks(plan):

@@ -1,0 +1,227 @@
+"""Attention over packed rows: rows of many cut worlds stand in one sequence and share one stored clean run.
+
+A row of world w at position p reads the stored keys of rows that are not being run in w, and the new keys of those
+that are. Both parts come with their log-sum-exp and are merged exactly. Worlds that run the same rows under the same
+mask form a group and are served by one kernel call; no object of positions x positions is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lab.errors import RunError
+from lab.model.run import Call
+
+NEG = float("-inf")
+MASK_CELLS = 1 << 20  # query rows are taken in blocks of at most so many query x key cells
+SCORE_CELLS = 1 << 26  # written-out scores, batch x head x query x key
+_CPU_KERNEL: Callable[..., Any] | None = getattr(
+    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Worlds of one layer that run the same rows under the same cut. Their rows stand one after another in the pack.
+
+    first   where the group begins in the pack
+    worlds  how many worlds
+    rows    source positions of one world's rows, ascending [rows]
+    cut     the layer's cut for all of them, [q, k] or [head, q, k], or None
+    """
+
+    first: int
+    worlds: int
+    rows: Tensor
+    cut: Tensor | None
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.worlds * len(self.rows)
+
+
+@dataclass
+class Packed:
+    """The attention of a pack: `Run.attend`. `groups` are those of the layer being run.
+
+    keys, values  the clean run's, [kv_head, pos, d_head] per layer
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    groups: Sequence[Group] = ()
+    parts: dict[Any, _Part] = field(default_factory=dict)
+
+    def __call__(self, call: Call, query: Tensor, key: Tensor, value: Tensor, kw: dict[str, Any]) -> Tensor:
+        """z [1, pack, head, d_head] of queries [1, head, pack, d_head] and new keys [1, kv_head, pack, d_head]."""
+        for name in ("softcap", "s_aux", "position_bias"):
+            if kw.get(name) is not None:
+                raise RunError(f"packed rows know no {name}; use executor='reference'")
+        layer, scaling = call.parts.index, kw.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        z = torch.empty_like(query[0].transpose(0, 1))
+        for group in self.groups:
+            here = slice(group.first, group.stop)
+            q, k, v = (
+                t[0, :, here].unflatten(1, (group.worlds, len(group.rows))) for t in (query, key, value)
+            )
+            out = self._group(group, q, k, v, self.keys[layer], self.values[layer], scale)
+            z[here] = out.permute(1, 2, 0, 3).flatten(0, 1)
+        return z[None]
+
+    def _group(
+        self, group: Group, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor, scale: float
+    ) -> Tensor:
+        """q [head, world, rows, d_head], k and v [kv_head, world, rows, d_head] -> [head, world, rows, d_head]."""
+        heads, worlds, n, d = q.shape
+        kv = k.shape[0]
+        q = q.reshape(kv, heads // kv, worlds, n, d)
+        out = torch.empty_like(q)
+        size = max(1, MASK_CELLS // stored_k.shape[1])
+        for start in range(0, n, size):
+            block = slice(start, min(start + size, n))
+            out[..., block, :] = self._block(group, block, q[..., block, :], k, v, stored_k, stored_v, scale)
+        return out.reshape(heads, worlds, n, d)
+
+    def _block(
+        self, group: Group, block: slice, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """One block of query rows: q [kv_head, group, world, rows, d_head]."""
+        part = self._part(group, block, q.device)
+        kv, g, worlds = q.shape[:3]
+        new_k, new_v = (t[:, :, : block.stop].flatten(0, 1)[:, None] for t in (k, v))  # (kv world) 1 rows
+        own, own_lse = attention(
+            q.transpose(1, 2).flatten(0, 1), new_k, new_v, _heads(part.own, kv, g, worlds), scale
+        )
+        own = own.unflatten(0, (kv, worlds)).transpose(1, 2)
+        own_lse = own_lse.unflatten(0, (kv, worlds)).transpose(1, 2)
+        if not len(part.stored):
+            return own.masked_fill((own_lse == NEG)[..., None], 0.0)
+        old_k, old_v = (_rows(t, part.stored)[:, None] for t in (stored_k, stored_v))
+        mask = _stored_heads(part.kept, kv, g, worlds)
+        old, old_lse = attention(q.flatten(1, 2), old_k, old_v, mask, scale)
+        return merge(own, own_lse, old.unflatten(1, (g, worlds)), old_lse.unflatten(1, (g, worlds)))
+
+    def _part(self, group: Group, block: slice, device: torch.device) -> _Part:
+        key = (group.rows.numpy().tobytes(), block.start, None if group.cut is None else id(group.cut))
+        if key not in self.parts:
+            self.parts[key] = _part(group, block, self.keys[0].shape[1]).to(device)
+        return self.parts[key]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one block of rows of a group may read.
+
+    stored  positions read from the clean run; kept [head | 1, rows, stored], None if all of them are read by all rows
+    own     [head | 1, rows, new rows up to the block's end]
+    """
+
+    stored: Tensor
+    kept: Tensor | None
+    own: Tensor | None
+
+    def to(self, device: torch.device) -> _Part:
+        move = [None if t is None else t.to(device) for t in (self.kept, self.own)]
+        return _Part(self.stored.to(device), *move)
+
+
+def _part(group: Group, block: slice, n_pos: int) -> _Part:
+    rows, new = group.rows[block], group.rows[: block.stop]
+    keep = torch.arange(n_pos)[None, :] <= rows[:, None]
+    keep = keep[None] if group.cut is None else keep[None] & ~_cut_rows(group.cut, rows)
+    stored = keep.any(0).any(0)
+    stored[group.rows] = False
+    at = stored.nonzero().squeeze(1)
+    return _Part(at, _unless_all(keep[..., at]), _unless_all(keep[..., new]))
+
+
+def _cut_rows(cut: Tensor, rows: Tensor) -> Tensor:
+    taken = cut.index_select(-2, rows.to(cut.device)).cpu()
+    return taken if taken.ndim == 3 else taken[None]
+
+
+def _unless_all(keep: Tensor) -> Tensor | None:
+    return None if bool(keep.all()) else keep
+
+
+def _rows(stored: Tensor, at: Tensor) -> Tensor:
+    """Rows of [kv_head, pos, d_head]; a view where they lie side by side."""
+    first, last = int(at[0]), int(at[-1])
+    return stored[:, first : last + 1] if last - first + 1 == len(at) else stored[:, at]
+
+
+def _heads(keep: Tensor | None, kv: int, g: int, worlds: int) -> Tensor | None:
+    """[head | 1, q, k] as the own part has its heads: [kv_head world | 1, group | 1, q, k]."""
+    if keep is None or len(keep) == 1:
+        return keep if keep is None else keep[None]
+    return keep.unflatten(0, (kv, g)).repeat_interleave(worlds, 0)
+
+
+def _stored_heads(keep: Tensor | None, kv: int, g: int, worlds: int) -> Tensor | None:
+    """[head | 1, q, k] as the stored part has its heads: [kv_head | 1, group world | 1, q, k]."""
+    if keep is None or len(keep) == 1:
+        return keep if keep is None else keep[None]
+    return keep.unflatten(0, (kv, g)).repeat_interleave(worlds, 1)
+
+
+# ---- one part, and how two are put together -------------------------------------------------------------------------
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """z and log-sum-exp of the scores. A row that may read nothing gives z = 0 and -inf.
+
+    q [batch, head, rows, d_head]; k, v [batch, 1, keys, d_head]; keep [batch | 1, head | 1, rows, keys] or None
+    """
+    heads, n = q.shape[1:3]
+    shared = keep is None or (n == 1 and keep.shape[1] == 1)
+    if shared:  # one key set for all: heads become rows, which makes one large product
+        folded = None if keep is None else keep.expand(-1, -1, heads, -1)
+        z, lse = _one_head(q.reshape(len(q), 1, heads * n, -1), k, v, folded, scale)
+        return z.reshape(*q.shape), lse.reshape(*q.shape[:3])
+    return _one_head(q, k.expand(-1, heads, -1, -1), v.expand(-1, heads, -1, -1), keep, scale)
+
+
+def _one_head(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    if _CPU_KERNEL is None or q.device.type != "cpu" or q.dtype == torch.float16:
+        return _explicit(q, k, v, keep, scale)
+    mask = None
+    if keep is not None:
+        mask = torch.zeros(keep.shape, dtype=q.dtype).masked_fill_(~keep, NEG)
+    z, lse = _CPU_KERNEL(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    if keep is None:
+        return z, lse
+    dead = ~keep.any(-1)
+    return z.masked_fill(dead[..., None], 0.0), lse.masked_fill(dead, NEG)
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Written out, in at least fp32, for devices whose kernels do not say their log-sum-exp; in blocks of rows."""
+    size = max(1, SCORE_CELLS // (q.shape[0] * q.shape[1] * k.shape[2]))
+    masks = [None] * -(-q.shape[2] // size) if keep is None else keep.split(size, 2)
+    done = [_softmax(rows, k, v, mask, scale) for rows, mask in zip(q.split(size, 2), masks, strict=True)]
+    return torch.cat([z for z, _ in done], 2), torch.cat([lse for _, lse in done], 2)
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(2, 3)).to(wide) * scale
+    scores = scores if keep is None else scores.masked_fill(~keep, NEG)
+    lse = scores.logsumexp(-1)
+    pattern = (scores - lse.masked_fill(lse == NEG, 0.0)[..., None]).exp()
+    return pattern.to(v.dtype) @ v, lse
+
+
+def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
+    """Attention over two disjoint sets of keys from the attention over each (z [.., rows, d], lse [.., rows])."""
+    top = torch.maximum(a_lse, b_lse)
+    top = top.masked_fill(top == NEG, 0.0)
+    wa, wb = (a_lse - top).exp(), (b_lse - top).exp()
+    total = (wa + wb).clamp_min(torch.finfo(wa.dtype).tiny)  # rows without keys have z = 0 in both parts
+    return (a * (wa / total)[..., None] + b * (wb / total)[..., None]).to(a.dtype)
