@@ -84,6 +84,14 @@ class Result:
         return self.values.shape
 
     @property
+    def ledger(self) -> dict[str, Any]:
+        """What it cost: `forwards` (forward-equivalents computed), `naive` (one full forward per number), `tower_calls`.
+
+        Empty where nothing was counted.
+        """
+        return dict(self.notes.get("ledger", {}))
+
+    @property
     def not_finite(self) -> int:
         """How many values are nan or infinite."""
         return int(np.size(self.values) - np.isfinite(self.values).sum())

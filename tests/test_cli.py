@@ -18,7 +18,7 @@ from lab.errors import ConfigError
 from lab.result import Result
 from tests import clips, families
 
-COMMANDS = ("demo", "ask", "trace", "run", "tokens", "models", "doctor", "count", "policy")
+COMMANDS = ("demo", "ask", "trace", "sweep", "run", "tokens", "models", "doctor", "count", "policy")
 ASK = ["Which way?", "-o", "left", "-o", "right"]
 
 
@@ -339,3 +339,37 @@ def test_small_helpers(tmp_path, monkeypatch) -> None:
     assert path_from(Path("out"), "clip.mp4") == "../clip.mp4"
     assert path_from(Path("out"), "/elsewhere/clip.mp4") == "/elsewhere/clip.mp4"
     assert path_from(Path("/somewhere"), "/somewhere/clip.mp4") == "clip.mp4"
+
+
+def test_sweep_over_items_and_again(model, video, tmp_path, capsys) -> None:
+    """Fast and reference agree; the ledger says what was saved; the recipe gives the numbers again."""
+    items = tmp_path / "items.yaml"
+    row = "- {{id: {0}, video: {1}, question: 'Which way?', options: [left, right]}}\n"
+    items.write_text("".join(row.format(i, video) for i in "ab"))
+    common = ["sweep", "--items", str(items), "-m", model, "-n", "4", "-w", "2", "--json"]
+    code, said, error = vlab(capsys, *common, "--out", str(tmp_path / "fast"))
+    assert code == 0, error
+    assert json.loads(said)["ledger"]["forwards"] < json.loads(said)["ledger"]["naive"]
+    code, _, _ = vlab(capsys, *common, "--executor", "reference", "--out", str(tmp_path / "slow"))
+    fast, slow = (Result.load(tmp_path / n / "result.npz") for n in ("fast", "slow"))
+    assert code == 0 and difference(fast, slow) < 1e-3 and np.abs(slow.values).max() > 0.01
+    assert fast.coords["item"] == ["a", "b"]
+    code, said, _ = vlab(capsys, "run", str(tmp_path / "fast" / "recipe.yaml"), "--json")
+    assert code == 0 and json.loads(said)["max_difference"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--items", "nothing.yaml"], "no such file"),
+        (["--items", "{sim"], "not a simulator task"),
+        (["--items", '{"sim": "moving_direction", "n": "many"}'], "not a simulator task"),
+        (["--items", '{"sim": "no_such_task"}'], "no simulator"),
+        (["--items", '{"sim": "moving_direction"}', "--executor", "quick"], "use fast or reference"),
+        (["--items", '{"sim": "moving_direction"}', "-w", "0"], "at least 1 layer"),
+        (["--items", '{"sim": "moving_direction", "n": 0}'], "n"),
+    ],
+)
+def test_sweeps_that_cannot_be(args, message, model, tmp_path, capsys) -> None:
+    code, said, error = vlab(capsys, "sweep", "-m", model, "--out", str(tmp_path / "out"), *args)
+    assert code in (2, 3) and said == "" and message in error.splitlines()[-1] and "Traceback" not in error

@@ -157,6 +157,39 @@ def trace(
     _finish(work, as_json)
 
 
+@app.command(short_help="Trace many questions at once.")
+def sweep(
+    items: Annotated[
+        str,
+        typer.Option(
+            "--items",
+            metavar="FILE",
+            help='Questions: .jsonl or .yaml, or a simulator task: \'{"sim": "moving_direction", "n": 8}\'.',
+        ),
+    ],
+    model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None,
+    pathway: Pathway = None, window: Window = None,
+    executor: Annotated[
+        str,
+        typer.Option(
+            "--executor",
+            metavar="NAME",
+            help="fast: from one stored clean run a question; reference: one full forward a point.",
+        ),
+    ] = "fast",
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/sweep",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Knock-out curves over many questions: mean and 95 % interval, report, picture, recipe. Can be interrupted."""
+    from lab.cli import asking, sweeps
+
+    def work() -> Reply:
+        setting = asking.Setting(model, device, dtype, frames, None)
+        return sweeps.sweep_items(items, setting, pathway or [], window, executor, out)
+
+    _finish(work, as_json)
+
+
 @app.command("run", short_help="Carry out a recipe.")
 def rerun(
     recipe: Annotated[
