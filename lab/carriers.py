@@ -61,8 +61,21 @@ class VideoQA:
             raise UsageError(f"an option is empty, got {self.options!r}; write out each")
         if len(set(self.options)) < n:
             raise UsageError(f"options must differ, got {self.options!r}")
+        if n and isinstance(self.answer, str):
+            object.__setattr__(self, "answer", self._named(self.answer))
         if n and isinstance(self.answer, int) and not 0 <= self.answer < n:
             raise UsageError(f"answer {self.answer} but there are {n} options; use 0..{n - 1}")
+
+    def _named(self, answer: str) -> int:
+        """Index of an option given by its text or its letter."""
+        if answer in self.options:
+            return self.options.index(answer)
+        letters = LETTERS[: len(self.options)]
+        if len(answer) == 1 and answer in letters:
+            return letters.index(answer)
+        raise UsageError(
+            f"answer {answer!r} is none of the {len(self.options)} options {self.options!r} nor a letter of one"
+        )
 
     @property
     def letter(self) -> str | None:
@@ -186,6 +199,7 @@ class TokenMap:
     weight   patches merged into the token (1 for text)
     order    position in the sequence before any mechanism dropped or moved tokens; rises
     source   for video tokens: the id in the original VideoGrid, else -1
+    n_layers, n_heads   of the model the prompt was prepared for; None if made for none
     """
 
     ids: Int[Tensor, " pos"]
@@ -200,13 +214,15 @@ class TokenMap:
     weight: Float[Tensor, " pos"]
     order: Int[Tensor, " pos"]
     source: Int[Tensor, " pos"]
+    n_layers: int | None = None
+    n_heads: int | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
-        for f in fields(self):
-            got = len(getattr(self, f.name))
+        for name in self._per_position():
+            got = len(getattr(self, name))
             if got != n:
-                raise PromptError(f"token map: {got} entries of {f.name} for {n} positions")
+                raise PromptError(f"token map: {got} entries of {name} for {n} positions")
         if n > 1 and not bool((self.order.diff() > 0).all()):
             raise PromptError(f"token map: order must rise, got {self.order.tolist()[:8]}...")
 
@@ -255,7 +271,7 @@ class TokenMap:
     def only(self, index: Int[Tensor, " kept"]) -> TokenMap:
         """The map of the kept positions; `index` ascending."""
         pieces = tuple(self.pieces[i] for i in index.tolist())
-        columns = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "pieces"}
+        columns = {name: getattr(self, name)[index] for name in self._per_position() if name != "pieces"}
         return replace(self, pieces=pieces, **columns)
 
     def generated(self, ids: Sequence[int], pieces: Sequence[str] | None = None) -> TokenMap:
@@ -269,7 +285,11 @@ class TokenMap:
             **dict.fromkeys(("frame", "row", "col", "option", "source"), minus),
         }  # fmt: skip
         joined = {name: torch.cat([getattr(self, name), column]) for name, column in new.items()}
-        return TokenMap(pieces=self.pieces + tuple(pieces or [""] * n), **joined)
+        return replace(self, pieces=self.pieces + tuple(pieces or [""] * n), **joined)
+
+    @classmethod
+    def _per_position(cls) -> list[str]:
+        return [f.name for f in fields(cls) if f.name not in ("n_layers", "n_heads")]
 
 
 def _role_codes(role: str | Sequence[str]) -> list[int]:

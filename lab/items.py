@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-import pkgutil
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -240,7 +239,7 @@ def _simulator(name: str) -> Any:
             continue
         if hasattr(found, "items"):
             return found
-    known = [m.name for m in pkgutil.iter_modules(importlib.import_module("lab.sim").__path__)]
+    known = list(importlib.import_module("lab.sim").TASKS)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known
     raise ConfigError(
         f"no simulator {name!r}; {'closest: ' + ', '.join(near) if near else 'none is installed'}"

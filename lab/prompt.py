@@ -127,8 +127,10 @@ def _finish(columns: dict[str, list[Any]]) -> tuple[Tensor, TokenMap]:
         raise PromptError("the prompt is empty: give a question, a video, or both")
     columns["role"][-1] = ROLES.index("last")
     pieces = tuple(columns.pop("pieces"))
-    floats = {k: torch.tensor(columns.pop(k), dtype=torch.float32) for k in ("seconds", "weight")}
-    ints = {k: torch.tensor(v, dtype=torch.long) for k, v in columns.items()}
+    floats: dict[str, Any] = {
+        k: torch.tensor(columns.pop(k), dtype=torch.float32) for k in ("seconds", "weight")
+    }
+    ints: dict[str, Any] = {k: torch.tensor(v, dtype=torch.long) for k, v in columns.items()}
     tokens = TokenMap(pieces=pieces, order=torch.arange(len(pieces)), **ints, **floats)
     return tokens.ids[None], tokens
 

@@ -49,7 +49,7 @@ dict(zip(item.options, answer.option_probs.round(decimals=3).tolist(), strict=Tr
 # %%
 tokens = ready.tokens
 print(
-    len(tokens), "positions;", len(tokens.where(kind="video")), "of them video, in", tokens.n_frames, "frames"
+    len(tokens), "positions;", len(tokens.where(role="video")), "of them video, in", tokens.n_frames, "frames"
 )
 print("option 1 stands at", tokens.where(role="option", option=1).tolist())
 print("frame 3, row 0 stands at", tokens.where(role="frame", frame=3, row=0).tolist())

@@ -153,6 +153,20 @@ def test_nnsight_reads_and_edits_the_same_tensors(name: str) -> None:
             n_blind = n.output.save()
         with n.trace(ready):
             n.embed.hook_out.output[:] = 0.0
+        with n.trace(ready, read="all"):
+            n_q = n.blocks[LAYER].attn.hook_q.output.save()
+            n_mid = n.blocks[LAYER].hook_resid_mid.output.save()
+        with n.trace(ready, read="all"):
+            n.blocks[LAYER].hook_resid_mid.output[:] = 0.0
+            n_zero = n.output.save()
+
+    more = [f"blocks.{LAYER}.attn.hook_q", f"blocks.{LAYER}.hook_resid_mid"]
+    zero = [(more[1], lambda value, hook: value * 0.0)]
+    with torch.no_grad():
+        _, others = model.run_with_cache(ready, names_filter=more)
+        zeroed = model.run_with_hooks(ready, fwd_hooks=zero, read="all")
+    assert bool(torch.equal(n_q, others[more[0]])) and bool(torch.equal(n_mid, others[more[1]]))
+    assert away(n_zero, zeroed) <= TOL < away(zeroed, clean)
 
     for read, point in zip((resid, scores, pattern, z), names, strict=True):
         assert bool(torch.equal(read, cache[point])), point

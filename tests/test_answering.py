@@ -120,3 +120,12 @@ def test_what_cannot_be_answered_says_so(asking, video):
         model.answer(model.prepare_inputs(**families.inputs("llava_onevision", worlds=2)))
     with pytest.raises(UsageError, match="27 options"):
         VideoQA(video, "which way ?", options=tuple(f"w{i}" for i in range(27)))
+
+
+def test_an_answer_may_be_named_by_text_or_letter():
+    """An answer that names no option would never count as right, without a word."""
+    assert VideoQA("v", "?", ("left", "right"), "right").answer == 1
+    assert VideoQA("v", "?", ("left", "right"), "A").answer == 0
+    assert VideoQA("v", "?", answer="left").answer == "left"
+    with pytest.raises(UsageError, match="none of the 2 options"):
+        VideoQA("v", "?", ("left", "right"), "up")

@@ -66,7 +66,20 @@ def test_callback_streams_every_step(wrapped):
     assert torch.tensor(seen).T.tolist() == out.ids.tolist()
 
 
-@pytest.mark.parametrize("bad", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"top_k": -1}])
+NONSENSE = [
+    {"max_new_tokens": 0},
+    {"temperature": 0.0},
+    {"top_p": 0.0},
+    {"top_k": -1},
+    {"max_new_tokens": 2.5},
+    {"max_new_tokens": "3"},
+    {"temperature": "warm"},
+    {"stop": "a"},
+    {"chunk": 2.5},
+]
+
+
+@pytest.mark.parametrize("bad", NONSENSE, ids=str)
 def test_nonsense_settings_are_refused(bad, wrapped):
     model = wrapped("internvl")
     with pytest.raises(UsageError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import re
 from collections import Counter
@@ -532,3 +533,114 @@ def test_plain_torch_hooks_before_the_door_are_seen_by_prepared_inputs() -> None
     assert away(model(ready, read="all"), clean) > 1e-2
     handle.remove()
     assert away(model(ready, read="all"), clean) == 0.0
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("reply", [True, False], ids=["returned", "not returned"])
+def test_resid_mid_written_in_place_counts(inference: bool, reply: bool) -> None:
+    model, ready = model_of("qwen3_vl"), ready_of("qwen3_vl")
+    point = f"blocks.{LAYER}.hook_resid_mid"
+
+    def zero(value: Tensor, hook: Any) -> Tensor | None:
+        value.zero_()
+        return value if reply else None
+
+    want = model.run_with_hooks(ready, fwd_hooks=[(point, lambda v, hook: torch.zeros_like(v))], read="all")
+    with torch.inference_mode(inference):
+        got = model.run_with_hooks(ready, fwd_hooks=[(point, zero)], read="all")
+    assert away(got, want) <= TOL < away(got, model(ready, read="all"))
+
+
+def test_gradient_at_resid_mid_is_that_of_the_stream() -> None:
+    model, ready = model_of("llava_onevision"), ready_of("llava_onevision")
+    seen: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: Any) -> None:
+        value.retain_grad()
+        seen[hook.name] = value
+
+    last = model.cfg.n_layers - 1
+    names = [f"blocks.{last}.{n}" for n in ("hook_resid_mid", "hook_mlp_out", "hook_attn_out")]
+    start = ("embed.hook_out", lambda v, hook: v.detach().requires_grad_())
+    with torch.enable_grad(), model.hooks(fwd_hooks=[start, *((n, keep) for n in names)]):
+        model(ready).sum().backward()
+    mid, mlp, attn = (seen[n].grad for n in names)
+    assert mid is not None and mlp is not None and attn is not None
+    assert float(mid.abs().sum()) > 0 and away(mid, attn) <= TOL < away(mid, mlp)
+
+
+@pytest.mark.parametrize(
+    "hooks, says",
+    [
+        (["blocks.0.hook_mlp_out"], "pairs"),
+        ([("blocks.0.hook_mlp_out", 3)], "pairs"),
+        (3, "pairs"),
+        ([("blocks.0.hook_mlp_out", lambda v, hook: 3)], "returned int"),
+        ([("blocks.0.hook_mlp_out", lambda v, hook: v[:, :2, :3])], r"returned shape \(1, 2, 3\)"),
+    ],
+)
+def test_hooks_that_cannot_be(hooks: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        model_of("internvl").run_with_hooks(ready_of("internvl"), fwd_hooks=hooks)
+
+
+@pytest.mark.parametrize(
+    "edges, says",
+    [
+        ([len], "edges map a layer"),
+        ({0: torch.ones(3, 3)}, "edges map a layer"),
+        ({0: lambda q, k: True}, "gave bool"),
+        ({0: lambda q, k: torch.ones(3, 3, dtype=torch.bool)}, r"shape \(3, 3\)"),
+    ],
+)
+def test_edges_that_cannot_be(edges: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        model_of("internvl")(ready_of("internvl"), edges=edges)
+
+
+@pytest.mark.parametrize("read", [None, 1.5, True, {1, 2}, torch.ones(3, dtype=torch.bool), "frame"])
+def test_reads_that_name_no_positions(read: Any) -> None:
+    """A mask must not be read as positions 0 and 1."""
+    with pytest.raises(UsageError, match="read"):
+        model_of("internvl")(ready_of("internvl"), read=read)
+
+
+def test_reads_by_slice_and_small_integers() -> None:
+    model, ready = model_of("internvl"), ready_of("internvl")
+    every = model(ready, read="all")
+    for read in (slice(-3, None), range(ready.n_pos - 3, ready.n_pos), torch.tensor([-3, -2, -1]).int()):
+        assert away(model(ready, read=read), every[:, -3:]) <= TOL
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ids_may_be_small_integers(name: str) -> None:
+    x = inputs(name)
+    small = model_of(name).prepare_inputs(**{**x, "input_ids": x["input_ids"].int()})
+    assert torch.equal(model_of(name)(small, read="all"), model_of(name)(ready_of(name), read="all"))
+
+
+def test_a_mask_that_is_no_tensor_is_refused() -> None:
+    x = inputs("internvl")
+    with pytest.raises(UsageError, match="attention_mask must be a tensor"):
+        model_of("internvl").prepare_inputs(**{**x, "attention_mask": x["attention_mask"].tolist()})
+
+
+def test_a_names_filter_that_is_none_of_the_kinds() -> None:
+    with pytest.raises(UsageError, match="names_filter"):
+        model_of("internvl").run_with_cache(ready_of("internvl"), names_filter=42)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "another ready"])
+def test_inputs_edited_after_a_run_count(how: str) -> None:
+    model, x = model_of("qwen3_vl"), inputs("qwen3_vl")
+    ready = model.prepare_inputs(**{k: v.clone() for k, v in x.items()})
+    before = model(ready, read="all")
+    pixels = "pixel_values_videos"
+    if how == "in place":
+        ready.inputs[pixels].mul_(2)
+    elif how == "replaced":
+        ready.inputs[pixels] = 2 * ready.inputs[pixels]
+    else:
+        ready = dataclasses.replace(ready, inputs={**ready.inputs, pixels: 2 * ready.inputs[pixels]})
+    want = model(model.prepare_inputs(**{**x, pixels: 2 * x[pixels]}), read="all")
+    assert torch.equal(model(ready, read="all"), want) and away(want, before) > 1e-2

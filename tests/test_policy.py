@@ -489,7 +489,19 @@ def test_a_policy_that_touches_nothing_is_an_error(wrapped):
     with pytest.raises(UsageError, match="method edges"):
         model(ready, policy={"cuts": []})
     with pytest.raises(UsageError, match="n_layers="):
-        made(CROSS).count(ready.tokens)
+        made(CROSS).count(read_layout("2,3x4,5,2"))
+
+
+def test_a_prepared_prompt_says_what_a_count_needs(wrapped):
+    """Layers and heads come from the model the prompt was prepared for, unless the policy or the caller says others."""
+    ready = wrapped("llava_onevision").prepare_inputs(**inputs("llava_onevision"))
+    single = made({"heads": [1], **CROSS})
+    for policy in (made(CROSS), single):
+        heads = 1 if policy.head_shared else HEADS
+        assert policy.count(ready.tokens) == policy.count(ready.tokens, LAYERS, heads)
+    assert made(CROSS).count(ready.tokens.generated([1])).n_layers == LAYERS
+    assert made(CROSS, model={"layers": 3}).count(ready.tokens).n_layers == 3
+    assert made(CROSS).count(ready.tokens, 2).n_layers == 2
 
 
 @torch.no_grad()
@@ -687,6 +699,9 @@ def test_the_command_line_counts_shows_and_checks(capsys, tmp_path):
     assert code == 0 and "41.3 %" in out
     code, out, _ = vlab(capsys, "policy", "presets")
     assert code == 0 and all(f"{n}/{s}" in out for n in presets.FLOWS for s in presets.STYLES)
+    code, out, _ = vlab(capsys, "policy", "presets", "--json")
+    shares = {row["name"]: row["kept"] for row in json.loads(out)}
+    assert code == 0 and shares["7b/released"] == pytest.approx(0.429, abs=1e-3)
     assert json.loads(vlab(capsys, "policy", "schema")[1])["title"] == "Policy"
 
 

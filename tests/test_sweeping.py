@@ -95,7 +95,7 @@ def test_the_papers_window_is_clipped():
 
 @pytest.mark.parametrize("executor", ["fast", "reference"])
 def test_an_interrupted_sweep_goes_on_where_it_stopped(executor, wrapped, tmp_path, monkeypatch):
-    """The second run computes only what is missing, and both together give what one run gives."""
+    """The second run computes only what is missing, and both together give what one run gives, bit for bit."""
     model = wrapped("internvl")
     items = [ready_of(model, "internvl", seed=s) for s in range(3)]
     keywords = {"window": 2, "executor": executor, "show_progress": False}
@@ -103,20 +103,43 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(executor, wrapped, tmp_pa
     cancel = Cancel()
     record, asked = sweeping.Run.record, []
 
-    def stop_at_third(self, key, *args):
-        if len(asked) == 2:
-            cancel.set()
+    def and_stop(self, key, *args):
         asked.append(key)
+        if key == stop:
+            cancel.set()
         record(self, key, *args)
 
+    pieces = [f"item:{n}" for n in (1, 2, 3)]
+    if executor == "reference":
+        pieces = [f"{p}|{way}" for p in pieces for way in ("video->last", "text->last")]
+    stop = pieces[1 if executor == "fast" else 2]
     with monkeypatch.context() as m, pytest.raises(Cancelled):
-        m.setattr(sweeping.Run, "record", stop_at_third)
+        m.setattr(sweeping.Run, "record", and_stop)
         sweep(model, items, ["video->last", "text->last"], out=tmp_path, cancel=cancel, **keywords)
-    assert asked == ["item:1|video->last", "item:1|text->last", "item:2|video->last"]
+    assert asked == pieces[: pieces.index(stop) + 1]
     again = sweep(model, items, ["video->last", "text->last"], out=tmp_path, **keywords)
-    assert np.abs(again.values - whole.values).max() <= 1e-3
+    assert np.array_equal(again.values, whole.values)
+    assert again.notes["p_clean"] == whole.notes["p_clean"] and again.notes["token"] == whole.notes["token"]
     lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()[1:]]
-    assert len({r["key"] for r in lines}) == len(lines) == 6 and lines[0]["spent"]["forwards"] > 0
+    assert [r["key"] for r in lines] == pieces
+    repeated = 0 if executor == "fast" else 1  # the clean run of the item that was half done
+    assert again.ledger["forwards"] == pytest.approx(whole.ledger["forwards"] + repeated)
+    assert sum(r["spent"]["forwards"] for r in lines) == pytest.approx(again.ledger["forwards"])
+
+
+@pytest.mark.parametrize("executor", ["fast", "reference"])
+def test_a_finished_journal_is_read_without_running_anything(executor, wrapped, tmp_path, monkeypatch):
+    model = wrapped("internvl")
+    keywords = {"window": 2, "executor": executor, "show_progress": False, "out": tmp_path}
+    first = sweep(model, ready_of(model, "internvl"), ["video->last", "text->last"], **keywords)
+
+    def refused(*args, **kw):
+        raise AssertionError("an item was run twice")
+
+    for engine in ("_Fast", "_Reference"):
+        monkeypatch.setattr(sweeping, engine, refused)
+    again = sweep(model, ready_of(model, "internvl"), ["video->last", "text->last"], **keywords)
+    assert np.array_equal(again.values, first.values) and again.notes == first.notes
 
 
 def test_a_folder_belongs_to_one_sweep(wrapped, tmp_path):

@@ -278,3 +278,9 @@ def test_places_are_told_apart() -> None:
         and isinstance(lab.sim.items("scene_transition", 1, 0)[0].state, Stage)
         and Knobs().static == 1
     )
+
+
+@pytest.mark.parametrize(("task", "n", "message"), [("nope", 1, "no task"), ("action_antonym", -1, "n=-1")])
+def test_what_cannot_be_drawn_is_refused(task, n, message):
+    with pytest.raises(UsageError, match=message):
+        lab.sim.items(task, n, 1)

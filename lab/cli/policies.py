@@ -87,12 +87,13 @@ def presets_known() -> Reply:
         layout = presets.LAYOUTS[model]
         for style in presets.STYLES:
             found = presets.paper(model, style).count(read_layout(layout))
-            shares = (_percent(found.kept_fraction), _percent(found.kept_live_fraction))
+            shares = (found.kept_fraction, found.kept_live_fraction)
             rows.append((f"{model}/{style}", found.n_layers, layout, *shares))
     head = ("preset", "layers", "layout", "kept", "kept live")
     tail = f"Also: {', '.join(n for n in presets.known() if n.partition('/')[0] not in presets.FLOWS)} (with --layers)."
     data = [dict(zip(("name", "layers", "layout", "kept", "kept_live"), r, strict=True)) for r in rows]
-    return Reply(data, "\n".join([table(head, rows), "", tail]))
+    shown = [(*row[:3], *map(_percent, row[3:])) for row in rows]
+    return Reply(data, "\n".join([table(head, shown), "", tail]))
 
 
 def schema() -> Reply:

@@ -176,17 +176,18 @@ class Policy(Metadata):
     ) -> Count:
         """Edges in all and kept: the paper's rule, and live ones. See `lab.edges.counting`.
 
-        n_layers, n_heads   may be left out if the policy's `model` says them; one head if no cut names heads
+        n_layers, n_heads   left out: those of the policy's `model`, or of the model `tokens` were prepared for; one head
+                            if no cut names heads
         """
-        n_layers = n_layers or self.model.layers
+        n_layers = n_layers or self.model.layers or tokens.n_layers
         if n_layers is None:
             raise UsageError(
-                "the policy does not say how many layers its model has; give n_layers= (model.cfg.n_layers)"
+                "neither the policy nor the token map says how many layers the model has; give n_layers= (model.cfg.n_layers)"
             )
-        n_heads = n_heads or self.model.heads or (1 if self.head_shared else None)
+        n_heads = n_heads or self.model.heads or (1 if self.head_shared else tokens.n_heads)
         if n_heads is None:
             raise UsageError(
-                "the policy cuts single heads but does not say how many there are; give n_heads="
+                "the policy cuts single heads, and nothing says how many there are; give n_heads="
             )
         return count_of(self.bind(tokens, n_layers, n_heads, item))
 

@@ -121,7 +121,8 @@ def sweep(
     the rest  see `Sweep`
 
     Returns a Result with axes (item, pathway, layer); layers 1-based. `notes` holds each item's clean probability and
-    the ledger: forward-equivalents computed, what one full forward per point would have cost, tower calls.
+    the ledger: forward-equivalents computed, what one full forward per point would have cost, tower calls; of an
+    interrupted sweep, for all its pieces together, those read from the journal included.
     Raises UsageError for unknown pathways or segments; warns (LabWarning) when a pathway changed nothing at all.
     """
     ready = as_ready(model, items, pathways, n_frames)
@@ -160,25 +161,22 @@ def run_sweep(
     keys = _keys(items)
     for item, r in zip(items, ready, strict=True):
         _check(model, r, item, what)  # before hours of work
-    calls, n_layers = model.tower_calls, model.cfg.n_layers
-    cases: dict[str, _Case] = {}
-    rows: list[list[float]] = []
+    n_layers = model.cfg.n_layers
     with nullcontext() if out is None else Run(out, _named(journal), cancel=cancel) as run:
-        pieces = [(k, r, i, p) for k, r, i in zip(keys, ready, items, strict=True) for p in what.pathways]
-        for key, row, case in _rows(
-            model, progress(pieces, desc="knock-out", show=show, cancel=cancel), what, run
-        ):
-            cases[key] = case
-            rows.append(row)
-    p = np.array(rows).reshape(len(keys), len(what.pathways), n_layers)
-    clean = np.array([cases[k].clean for k in keys])[:, None, None]
+        # the fast executor cuts all pathways of an item together, so an item is one piece; else every curve is one
+        groups = [what.pathways] if what.executor == "fast" else [(p,) for p in what.pathways]
+        pieces = [(k, r, i, g) for k, r, i in zip(keys, ready, items, strict=True) for g in groups]
+        rows = list(_rows(model, progress(pieces, desc="knock-out", show=show, cancel=cancel), what, run))
+    p = np.array([row.p for row in rows]).reshape(len(keys), len(what.pathways), n_layers)
+    first = {row.key: row for row in reversed(rows)}
+    clean = np.array([first[k].clean for k in keys])[:, None, None]
     _warn_if_dead(p, clean, what, float(torch.finfo(model.dtype).eps))
-    spent = sum((c.engine.ledger for c in cases.values()), Ledger(tower_calls=model.tower_calls - calls))
+    spent = sum((row.spent for row in rows), Ledger())
     return Result(
         values=(p - clean) * 100.0 / clean, axes=("item", "pathway", "layer"),
         coords={"item": keys, "pathway": list(what.pathways), "layer": list(range(1, n_layers + 1))},
         unit=UNIT, recipe=recipe.plain() if recipe else {}, name="attention knock-out", baseline=0.0,
-        notes=_notes(model, cases, what, spent),
+        notes=_notes(model, first, what, spent),
     )  # fmt: skip
 
 
@@ -279,27 +277,48 @@ class _Case:
         return float(logits.float().softmax(-1)[self.token])
 
 
-def _rows(model: Any, pieces: Any, what: Sweep, run: Run | None) -> Iterator[tuple[str, list[float], _Case]]:
-    """p at every layer for one item and pathway after another; from the journal where it is there."""
+@dataclass(frozen=True)
+class _Row:
+    """What is known of one piece of work: an item's curves, or one of them. All that a journal needs to go on."""
+
+    key: str
+    clean: float
+    token: int
+    reason: str
+    p: list[list[float]]
+    spent: Ledger
+
+    @classmethod
+    def read(cls, key: str, found: Any) -> _Row:
+        kept = {n: found[n] for n in ("clean", "token", "reason", "p")}
+        return cls(key, **kept, spent=Ledger(**found["spent"]))
+
+    def plain(self) -> dict[str, Any]:
+        kept = {n: getattr(self, n) for n in ("clean", "token", "reason", "p")}
+        return {**kept, "spent": self.spent.plain()}
+
+
+def _rows(model: Any, pieces: Any, what: Sweep, run: Run | None) -> Iterator[_Row]:
+    """p at every layer for one piece after another; from the journal where it is there, and then nothing is run."""
     case: _Case | None = None
-    curves: dict[str, list[float]] = {}
-    for key, ready, item, pathway in pieces:
-        if case is None or case.key != key:
+    for key, ready, item, pathways in pieces:
+        name = key if what.executor == "fast" else f"{key}|{pathways[0]}"
+        if run is not None and run.done(name):
+            yield _Row.read(key, run.results()[name])
+            continue
+        calls, before = model.tower_calls, Ledger()
+        if case is not None and case.key == key:
+            before = case.engine.ledger
+        else:
             if case is not None:
                 case.engine.close()
-            case, curves = _case(model, key, ready, item, what), {}
-        name = f"{key}|{pathway}"
-        if run is not None and run.done(name):
-            yield key, list(run.results()[name]), case
-            continue
-        before = case.engine.ledger
-        if pathway not in curves:
-            together = what.pathways if what.executor == "fast" else (pathway,)
-            todo = [p for p in together if run is None or not run.done(f"{key}|{p}")]
-            curves = _curves(model, case, todo, what)
+            case = _case(model, key, ready, item, what)
+        p = _curves(model, case, pathways, what)
+        spent = _minus(case.engine.ledger, before) + Ledger(tower_calls=model.tower_calls - calls)
+        row = _Row(key, case.clean, case.token, case.engine.reason, p, spent)
         if run is not None:
-            run.record(name, curves[pathway], _minus(case.engine.ledger, before))
-        yield key, curves[pathway], case
+            run.record(name, row.plain(), spent)
+        yield row
     if case is not None:
         case.engine.close()
 
@@ -316,7 +335,7 @@ def _case(model: Any, key: str, ready: Ready, item: VideoQA | None, what: Sweep)
     return case
 
 
-def _curves(model: Any, case: _Case, pathways: Sequence[str], what: Sweep) -> dict[str, list[float]]:
+def _curves(model: Any, case: _Case, pathways: Sequence[str], what: Sweep) -> list[list[float]]:
     n = model.cfg.n_layers
     cuts: list[Cuts] = []
     for pathway in pathways:
@@ -324,7 +343,7 @@ def _curves(model: Any, case: _Case, pathways: Sequence[str], what: Sweep) -> di
         for centre in range(n):
             cuts.append({i: cut for i in what.layers(centre, n) if model.parts[i].attn is not None})
     p = [case.p(logits) for logits in case.engine.logits(cuts)]
-    return {name: p[i * n : (i + 1) * n] for i, name in enumerate(pathways)}
+    return [p[i * n : (i + 1) * n] for i in range(len(pathways))]
 
 
 # ---- checks and notes -----------------------------------------------------------------------------------------------
@@ -350,15 +369,15 @@ def _keys(items: Sequence[VideoQA | None]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}#{n}" for n, name in enumerate(names, 1)]
 
 
-def _notes(model: Any, cases: Mapping[str, _Case], what: Sweep, spent: Ledger) -> dict[str, Any]:
-    reasons = sorted({c.engine.reason for c in cases.values()} - {""})
+def _notes(model: Any, rows: Mapping[str, _Row], what: Sweep, spent: Ledger) -> dict[str, Any]:
+    reasons = sorted({r.reason for r in rows.values()} - {""})
     return {
         "window": what.window, "style": what.style, "metric": what.metric, "ledger": spent.plain(),
         "executor": what.executor, "fallbacks": reasons,
-        "p_clean": {k: c.clean for k, c in cases.items()},
+        "p_clean": {k: r.clean for k, r in rows.items()},
         "token": {
-            k: model.tokenizer.decode([c.token]) if model.tokenizer is not None else str(c.token)
-            for k, c in cases.items()
+            k: model.tokenizer.decode([r.token]) if model.tokenizer is not None else str(r.token)
+            for k, r in rows.items()
         },
         "no_edges": [p.index + 1 for p in model.parts if p.attn is None],
     }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -112,6 +112,10 @@ def wanted(names: Sequence[str], names_filter: NamesFilter) -> list[str]:
         case _ if callable(names_filter):
             chosen = [n for n in names if names_filter(n)]
         case _:
+            if not isinstance(names_filter, Iterable):
+                raise UsageError(
+                    f"names_filter is None, a name, names or a function of a name; got {names_filter!r}"
+                )
             asked = list(cast("Sequence[str]", names_filter))
             for name in set(asked) - set(names):
                 near = difflib.get_close_matches(name, names, n=3)

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lab.errors import RunError
+from lab.errors import RunError, UsageError
 from lab.model.masks import base_keep, needs_mask
 from lab.model.run import CURRENT, Call, watched
 
@@ -105,6 +105,13 @@ def _allowed(call: Call, query: Tensor, k_order: Tensor) -> tuple[Tensor, Tensor
     if edges is None:
         return keep, None
     cut = edges(call.side.order.to(query.device), k_order.to(query.device))
+    if not isinstance(cut, Tensor):
+        raise UsageError(f"the edges of layer {call.parts.index + 1} gave {type(cut).__name__}, not a tensor")
+    ends = (query.shape[2], len(k_order))
+    if cut.ndim > 4 or any(a not in (1, b) for a, b in zip(cut.shape[-2:][::-1], ends[::-1], strict=False)):
+        raise UsageError(
+            f"the edges of layer {call.parts.index + 1} have shape {tuple(cut.shape)}; need {ends} (q, k) at the end"
+        )
     cut = cut.reshape((1,) * (4 - cut.ndim) + tuple(cut.shape))
     if cut.dtype == torch.bool:
         return keep & cut, None

@@ -6,6 +6,7 @@ Greedy ids equal `hf.generate(do_sample=False)`; of a checkpoint's generation co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
@@ -85,6 +86,13 @@ def _step(model: Any, door: Door, run: Run, cache: Any, plan: Plan, at: int) -> 
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
+    numbers = {"temperature": temperature, "top_p": top_p}
+    whole = {"max_new_tokens": max_new_tokens, "top_k": top_k}
+    for name, value in {**numbers, **whole}.items():
+        if not isinstance(value, Real if name in numbers else Integral):
+            raise UsageError(
+                f"{name} must be a {'number' if name in numbers else 'whole number'}, got {value!r}"
+            )
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not temperature > 0 or not 0 < top_p <= 1 or top_k < 0:
@@ -100,7 +108,10 @@ def _ends(model: Any, stop: Sequence[int] | None) -> Tensor:
     if found is None:
         found = getattr(model.tokenizer, "eos_token_id", None)
     flat = [] if found is None else [found] if isinstance(found, int) else list(found)
-    return torch.tensor(flat, dtype=torch.long)
+    try:
+        return torch.tensor([int(i) for i in flat], dtype=torch.long)
+    except (TypeError, ValueError):
+        raise UsageError(f"stop takes token ids, got {found!r}") from None
 
 
 def _pad_id(model: Any, ends: Tensor) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lab.errors import LabWarning, RunError, UsageError
-from lab.model.run import changed, watched
+from lab.model.run import changed, watched, written
 
 
 def hooked(model: Any) -> bool:
@@ -27,6 +28,27 @@ def check_name(model: Any, name: Any) -> None:
         ]
         why = "".join(f" (layer {i + 1} has no softmax attention, only mixer.hook_out)" for i in without)
         raise UsageError(f"no hook point {name!r}{why}; closest: {', '.join(near) or 'none'}")
+
+
+def check_pairs(hooks: Any) -> None:
+    """Raises UsageError if the hooks are not (name, function) pairs."""
+    pairs = hooks if isinstance(hooks, Sequence) and not isinstance(hooks, str) else [hooks]
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 or not callable(pair[1]):
+            raise UsageError(f"hooks are pairs like [('blocks.0.hook_resid_post', fn)], got {pair!r}")
+
+
+def checked_edges(edges: Any) -> dict[int, Any]:
+    """Edge rules by layer. Raises UsageError if they are not a mapping from layers to functions."""
+    edges = {} if edges is None else edges
+    if not isinstance(edges, Mapping) or not all(
+        isinstance(k, Integral) and callable(f) for k, f in edges.items()
+    ):
+        raise UsageError(
+            "edges map a layer to a function of (q positions, k positions): {3: lambda q, k: ...}, "
+            f"got {type(edges).__name__} {str(edges)[:60]}"
+        )
+    return dict(edges)
 
 
 def check_layers(model: Any, layers: Sequence[int]) -> None:
@@ -54,6 +76,21 @@ def check_training(model: Any) -> None:
         )
 
 
+def check_reply(name: Any, value: Tensor, new: Any) -> None:
+    """Raises UsageError for a hook's reply that cannot stand in for the value."""
+    if not isinstance(new, Tensor):
+        raise UsageError(
+            f"the hook on {name} returned {type(new).__name__}; return a tensor, or None to only look"
+        )
+    fits = new.ndim <= value.ndim and all(
+        a in (1, b) for a, b in zip(reversed(new.shape), reversed(value.shape), strict=False)
+    )
+    if not fits:
+        raise UsageError(
+            f"the hook on {name} returned shape {tuple(new.shape)} for a value of {tuple(value.shape)}"
+        )
+
+
 class Watch:
     """A user's hook, and what it did."""
 
@@ -63,12 +100,14 @@ class Watch:
 
     def __call__(self, value: Tensor, hook: Any) -> Any:
         self.fired += 1
-        version = _version(value)
+        version = written(value)
         new = self.fn(value, hook=hook)
         if new is None:
             return None
+        check_reply(hook.name, value, new)
         self.replied += 1
-        self.effect += int(_version(value) != version or changed(value, new))
+        unknown = new is value and value.is_inference()  # writes into inference tensors are not counted
+        self.effect += int(unknown or written(value) != version or changed(value, new))
         return new
 
     def warn(self) -> None:
@@ -93,8 +132,3 @@ class Saver:
     def __call__(self, value: Tensor, hook: Any) -> None:
         kept = value.detach().to(value.device if self.device is None else self.device, copy=self.copy)
         self.store[hook.name] = kept[0] if self.squeeze else kept
-
-
-def _version(value: Tensor) -> int:
-    """How often the tensor was written in place; inference tensors do not count."""
-    return 0 if value.is_inference() else value._version

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def prepare(
     }
     asked = {"n_frames": n_frames, "fps": fps, "index": None if index is None else list(index)}
     sampling = {k: v for k, v in asked.items() if v is not None}
-    return Ready(inputs, (tokens,), (grid,), item, frames, render(spans), plan, sampling)
+    return Ready(inputs, (_sized(tokens, model),), (grid,), item, frames, render(spans), plan, sampling)
 
 
 def _check_context(model: Any, tokens: TokenMap) -> None:
@@ -74,9 +75,16 @@ def prepare_inputs(model: Any, inputs: dict[str, Any], *, roles: Any) -> Ready:
     """A transformers processor's own tensors, unchanged. Raises UsageError for what is missing or does not fit."""
     inputs = {k: v for k, v in inputs.items() if v is not None}
     _check(model, inputs)
+    inputs["input_ids"] = inputs["input_ids"].long()  # some families index with them
     config = model.hf.config
     maps = token_maps(model.family, config, inputs, tokenizer=model.tokenizer, roles=roles)
+    maps = tuple(_sized(m, model) for m in maps)
     return Ready(inputs, maps, tuple(model.family.grids(config, inputs)))
+
+
+def _sized(tokens: TokenMap, model: Any) -> TokenMap:
+    """The map with the model's sizes, so that edges can be counted from it alone."""
+    return replace(tokens, n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads)
 
 
 def _check(model: Any, inputs: dict[str, Any]) -> None:
@@ -92,6 +100,8 @@ def _check(model: Any, inputs: dict[str, Any]) -> None:
             f"input_ids reach from {int(ids.min())} to {int(ids.max())}, the model has {n} embeddings"
         )
     mask = inputs.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise UsageError(f"attention_mask must be a tensor like input_ids, got {type(mask).__name__}")
     if mask is not None and tuple(mask.shape) != tuple(ids.shape):
         raise UsageError(f"attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}")
     missing = model.family.missing_inputs(inputs, model.hf.config)

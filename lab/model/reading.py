@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,23 @@ def rows(x: Tensor, side: Side, read: Read) -> Tensor:
         if read != "last":
             raise UsageError(f"read={read!r}; use 'last', 'all', or positions")
         return x[:, -1:] if side.pad is None else _last_real(x, side)
-    index = torch.as_tensor(
-        [read] if isinstance(read, int) else read, dtype=torch.long, device=x.device
-    ).reshape(-1)
+    index = _index(read, n).to(x.device)
     if len(index) and not (-n <= int(index.min()) and int(index.max()) < n):
         raise UsageError(f"read positions {index.tolist()} but the sequence has {n}; use 0..{n - 1}")
     return x[:, index]
+
+
+def _index(read: Any, n: int) -> Tensor:
+    """Positions as a tensor. Raises UsageError for what is none: a mask would be read as positions 0 and 1."""
+    if isinstance(read, slice):
+        return torch.arange(n)[read]
+    try:
+        index = torch.as_tensor(read).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        index = torch.zeros(1)
+    if index.numel() and (index.dtype == torch.bool or index.is_floating_point()):
+        raise UsageError(f"read={read!r} names no positions; use 'last', 'all', or whole numbers")
+    return index.long()
 
 
 def _last_real(x: Tensor, side: Side) -> Tensor:

@@ -181,10 +181,8 @@ def pre_rope(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         point, n = points.hook_k, parts.n_kv_heads
     else:
         return None
-    if not watched(point):
-        return None
     value = output.reshape(*output.shape[:2], n, parts.d_head)
-    return point(value).reshape(output.shape)
+    return point(value).reshape(output.shape)  # also where no torch hook is: nnsight leaves none
 
 
 def attn_out(module: nn.Module, args: Any, output: Any) -> Any:
@@ -195,12 +193,30 @@ def attn_out(module: nn.Module, args: Any, output: Any) -> Any:
     value = output[0] if isinstance(output, tuple) else output
     own = call.block.hook_attn_out if call.parts.attn is not None else call.block.mixer.hook_out
     new = own(value)
-    if watched(call.block.hook_resid_mid):
-        mid = call.resid_pre.to(new.device) + new
-        edited = call.block.hook_resid_mid(mid)
-        if edited is not mid:
-            new = new + (edited - mid)
+    new = _through_mid(call, new)
     return None if new is value else masked_as(output, new)
+
+
+def _through_mid(call: Call, new: Tensor) -> Tensor:
+    """attn_out, such that the stream after it is what hook_resid_mid leaves."""
+    point, pre = call.block.hook_resid_mid, call.resid_pre.to(new.device)
+    mid = pre + new
+    version = written(mid)
+    edited = point(mid)
+    shown = watched(point) or call.parts.index in call.run.look
+    if (
+        edited is mid
+        and written(mid) == version
+        and not (shown and (mid.requires_grad or mid.is_inference()))
+    ):
+        return new
+    # `pre + new` anew: the hook may have written into mid, and gradients at mid must not cancel
+    return new + (edited - (pre + new))
+
+
+def written(value: Tensor) -> int:
+    """How often the tensor was written in place; inference tensors do not count."""
+    return 0 if value.is_inference() else value._version
 
 
 @torch.no_grad()

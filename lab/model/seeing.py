@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lab.model.door import Door, capture
 from lab.model.ready import Ready
-from lab.model.run import Front, watched
+from lab.model.run import Front, watched, written
 
 
 def see(model: Any, ready: Ready) -> Door:
@@ -21,7 +21,7 @@ def see(model: Any, ready: Ready) -> Door:
         and not watched(*front.after.values(), *front.before.values())
         and not model.lock.claimed
     )
-    if keep and ready.memo.get("key") == _version(model):
+    if keep and ready.memo.get("key") == _version(model, ready):
         return _copied(ready.memo["door"])
     inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in ready.inputs.items()}
     model.tower_calls += 1
@@ -29,7 +29,8 @@ def see(model: Any, ready: Ready) -> Door:
     if not keep:
         return door
     # transformers may have placed its capturing hooks in this very call: the key is the state after it
-    ready.memo.update(key=_version(model), door=door)
+    # the inputs are held, so that no other tensor can come to lie where they lay
+    ready.memo.update(key=_version(model, ready), door=door, inputs=tuple(ready.inputs.values()))
     return _copied(door)
 
 
@@ -55,10 +56,11 @@ def _wants_graph(model: Any, ready: Ready) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *_weights(model)))
 
 
-def _version(model: Any) -> int:
-    weights = tuple((p.data_ptr(), p._version) for p in _weights(model))
+def _version(model: Any, ready: Ready) -> int:
+    weights = tuple((p.data_ptr(), written(p)) for p in _weights(model))
+    given = tuple((k, id(v), written(v) if isinstance(v, Tensor) else 0) for k, v in ready.inputs.items())
     hooks = tuple(h for m in model.hf.modules() for h in (*m._forward_pre_hooks, *m._forward_hooks))
-    return hash((weights, hooks))
+    return hash((weights, given, hooks))
 
 
 def _copied(door: Door) -> Door:

@@ -193,7 +193,7 @@ def _build(
             raise PromptError(f"roles= calls position {p} {told[0]!r}, but the ids say it is {names[p]!r}")
         names[p], option[p] = told
     kind = torch.where(is_video, KINDS.index("video"), KINDS.index("text"))
-    columns = _video_columns(len(ids), is_video, join(videos))
+    columns: dict[str, Any] = _video_columns(len(ids), is_video, join(videos))
     return TokenMap(
         ids=ids,
         pieces=_pieces(ids, is_video, tokenizer),

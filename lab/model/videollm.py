@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,17 @@ from lab.model.decoder import decode
 from lab.model.door import Door
 from lab.model.families.base import Family
 from lab.model.generation import Generated, generate
-from lab.model.hooking import Saver, Watch, check_layers, check_name, check_training, checkpointing, hooked
+from lab.model.hooking import (
+    Saver,
+    Watch,
+    check_layers,
+    check_name,
+    check_pairs,
+    check_training,
+    checked_edges,
+    checkpointing,
+    hooked,
+)
 from lab.model.layout import lay_out
 from lab.model.lock import SharedLock
 from lab.model.points import Block, FinalNorm, Points
@@ -208,7 +219,7 @@ class VideoLLM(HookedRootModule):
     ) -> Output:  # fmt: skip
         """The same run as `model(ready, ...)`, with what the plan's heads read and the token maps the decoder saw."""
         ready = self._ready(ready)
-        run = Run(dict(edges or {}), frozenset(look), policy=self.pruning.chosen(policy))
+        run = Run(checked_edges(edges), frozenset(look), policy=self.pruning.chosen(policy))
         check_layers(self, [*run.edges, *run.look])
         plan = ready.plan + plan_of(mechanisms, self.sizes)
         with self.plan_hooks(plan), self.lock.shared():
@@ -238,8 +249,8 @@ class VideoLLM(HookedRootModule):
         """Run the vision side, or take what an earlier run of this `ready` saw.
 
         Kept only where no gradient is asked, in eval mode, with nothing hooked before the door, outside `model.alone()`, and
-        while the weights are the same tensors at the same version under the same torch hooks (edits through `.data`
-        do not count versions: call `ready.memo.clear()`).
+        while the weights and `ready.inputs` are the same tensors at the same version under the same torch hooks (edits
+        through `.data` do not count versions: call `ready.memo.clear()`).
         """
         return see(self, ready)
 
@@ -271,8 +282,8 @@ class VideoLLM(HookedRootModule):
         """Fill a cache with the prompt, in pieces of `chunk` positions; returns the last piece's stream."""
         n = door.embeds.shape[1]
         size = n if chunk is None else chunk
-        if size < 1:
-            raise UsageError(f"chunk must be at least 1 position, got {chunk}")
+        if not isinstance(size, Integral) or size < 1:
+            raise UsageError(f"chunk must be at least 1 position, a whole number, got {chunk!r}")
         if size < n and hooked(self):
             raise RunError(
                 "hooks see whole prompts, chunked prefill runs pieces; drop chunk=, or close the hooks"
@@ -309,6 +320,8 @@ class VideoLLM(HookedRootModule):
 
         Raises UsageError for an unknown hook name (with the closest ones), before anything is hooked.
         """
+        check_pairs(fwd_hooks)
+        check_pairs(bwd_hooks)
         for name, _ in [*fwd_hooks, *bwd_hooks]:
             check_name(self, name)
         with (
@@ -364,6 +377,7 @@ class VideoLLM(HookedRootModule):
                 "`with model.hooks(fwd_hooks=...): loss = ...; loss.backward()`"
             )
         ready = self._ready(ready)
+        check_pairs(fwd_hooks)
         self._guard([n for n, _ in fwd_hooks], ready, kept=False)
         watch = [Watch(name, fn) for name, fn in fwd_hooks]
         with self.hooks([(w.name, w) for w in watch], bwd_hooks, reset_hooks_end, clear_contexts):
@@ -414,7 +428,7 @@ class VideoLLM(HookedRootModule):
         See `lab.model.generation`. Hooks that are open see the prompt once, then one new row a step.
         """
         ready = self._ready(ready)
-        run = Run(dict(edges or {}), policy=self.pruning.chosen(policy))
+        run = Run(checked_edges(edges), policy=self.pruning.chosen(policy))
         check_layers(self, [*run.edges])
         plan = ready.plan + plan_of(mechanisms, self.sizes)
         with self.plan_hooks(plan):

@@ -19,8 +19,10 @@ def draw_items(task: str, n: int, seed: int, **kw: Any) -> list[VideoQA]:
     """`n` questions of `task`, drawn with `seed`; each has `state` (ground truth) and `twin`.
 
     frames=8, form="choice" | "open", and knobs (distractors, noise, camera, static): see `lab.sim.program.draw`.
-    Raises UsageError for an unknown task, naming the closest.
+    Raises UsageError for an unknown task, naming the closest, and for n below 0.
     """
+    if n < 0:
+        raise UsageError(f"n={n}: the number of questions cannot be below 0")
     return module_of(task).items(n, seed, **kw)
 
 
