@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,3 +98,19 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor]:
 def inputs(name: str, dtype: torch.dtype = torch.float32, **kw: Any) -> dict[str, Tensor]:
     x = families.inputs(name, **kw)
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in x.items()}
+
+
+@contextlib.contextmanager
+def attention_only_in(model: Any, layer: int) -> Iterator[None]:
+    """A planted truth: the attention of every other layer writes nothing to the stream; undone afterwards."""
+    saved = [p.attn.o_proj.weight.detach().clone() for p in model.parts]
+    try:
+        with torch.no_grad():
+            for p in model.parts:
+                if p.index != layer:
+                    p.attn.o_proj.weight.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for p, weight in zip(model.parts, saved, strict=True):
+                p.attn.o_proj.weight.copy_(weight)

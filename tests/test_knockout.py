@@ -8,6 +8,7 @@ from lab.errors import LabWarning, UsageError
 from lab.runs import Cancel, Cancelled
 from probes.knockout import dense_edges, knockout, layers_of
 from probes.pathways import cut_mask
+from tests.edgecases import attention_only_in
 from tests.families import FAMILIES, inputs
 
 
@@ -83,17 +84,8 @@ def test_a_planted_route_is_found(wrapped):
     """All attention of the model is switched off but one edge set in one layer; the sweep must point there alone."""
     model = wrapped("llava_onevision")
     ready = model.prepare_inputs(**inputs("llava_onevision"))
-    saved = [p.attn.o_proj.weight.detach().clone() for p in model.parts]
-    try:
-        with torch.no_grad():
-            for p in model.parts:
-                if p.index != 2:
-                    p.attn.o_proj.weight.zero_()
-        with pytest.warns(LabWarning, match="cross-frame.*changed nothing"):
-            result = knockout(model, ready, ["video->last", "cross-frame"], window=1, show_progress=False)
-    finally:
-        for p, w in zip(model.parts, saved, strict=True):
-            p.attn.o_proj.weight.data.copy_(w)
+    with attention_only_in(model, 2), pytest.warns(LabWarning, match="cross-frame.*changed nothing"):
+        result = knockout(model, ready, ["video->last", "cross-frame"], window=1, show_progress=False)
     flow = np.abs(result.select(pathway="video->last").values[0])
     assert flow[2] > 1e-2 and np.delete(flow, 2).max() == 0.0
     # with attention in one layer only, what video rows read of each other can never reach the last row

@@ -112,7 +112,9 @@ def test_neutral_fillings_change_nothing(name, wrapped):
         ):
             out = model.run(ready, read="all", mechanisms=[Filling(plan)])
             assert torch.equal(out.logits, clean), plan
-    assert out.heads["mean"].shape == (1,)
+        _, cache = model.run_with_cache(ready, names_filter="ln_final.hook_normalized")
+    mean = cache["ln_final.hook_normalized"].mean((1, 2))
+    assert torch.allclose(out.heads["mean"], mean) and mean.abs().max() > 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)

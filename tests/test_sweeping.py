@@ -17,6 +17,7 @@ from lab.edges.sweeping import Sweep, layers_of, sweep
 from lab.errors import LabWarning, RunError, UsageError
 from lab.runs import Cancel, Cancelled
 from probes.knockout import knockout
+from tests.edgecases import attention_only_in
 from tests.families import FAMILIES, inputs
 
 PATHWAYS = ("cross-frame", "video->text", "video->last", "text->last", "last->last", "frame:1->text")
@@ -195,17 +196,8 @@ def test_a_planted_route_is_found_by_the_fast_executor(wrapped):
     """All attention is switched off but in one layer; only that layer may show."""
     model = wrapped("llava_onevision")
     ready = ready_of(model, "llava_onevision")
-    saved = [p.attn.o_proj.weight.detach().clone() for p in model.parts]
-    try:
-        with torch.no_grad():
-            for p in model.parts:
-                if p.index != 2:
-                    p.attn.o_proj.weight.zero_()
-        with pytest.warns(LabWarning, match="cross-frame.*changed nothing"):
-            result = sweep(model, ready, ["video->last", "cross-frame"], window=1, show_progress=False)
-    finally:
-        for p, w in zip(model.parts, saved, strict=True):
-            p.attn.o_proj.weight.data.copy_(w)
+    with attention_only_in(model, 2), pytest.warns(LabWarning, match="cross-frame.*changed nothing"):
+        result = sweep(model, ready, ["video->last", "cross-frame"], window=1, show_progress=False)
     flow = np.abs(result.select(pathway="video->last").values[0])
     assert flow[2] > 1.0 and np.delete(flow, 2).max() < 1e-3
 

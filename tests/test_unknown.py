@@ -80,8 +80,16 @@ def test_a_window_holds_under_cuts():
     model = wrap(made("llava", MODELS["llava"]))
     ready = model.prepare_inputs(**prompt())
     with torch.no_grad():
-        keep = dict.fromkeys(range(4), lambda q, k: torch.ones(len(q), len(k), dtype=torch.bool))
-        assert torch.allclose(model(ready, edges=keep), model(ready), atol=1e-6)
+        asked = []
+
+        def everything(q, k):
+            asked.append(len(k))
+            return torch.ones(len(q), len(k), dtype=torch.bool)
+
+        assert torch.allclose(
+            model(ready, edges=dict.fromkeys(range(4), everything)), model(ready), atol=1e-6
+        )
+        assert asked == [ready.n_pos] * 4, "the cut must have been asked, or this test shows nothing"
 
 
 def test_decoders_with_masks_of_their_own_are_refused():

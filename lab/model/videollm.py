@@ -227,8 +227,9 @@ class VideoLLM(HookedRootModule):
             resid, side = self.stream(door, run, plan=plan, tokens=maps, chunk=chunk)
             logits = self.read(resid, side, read, chunked=chunk is not None)
             heads: dict[str, Tensor] = {}
+            final = self.ln_final(resid) if plan.heads else resid
             for head in plan.heads:
-                heads |= head(self.ln_final(resid), side)
+                heads |= head(final, side)
         return Output(logits, heads, side.tokens)
 
     def arrive(

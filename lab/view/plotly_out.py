@@ -88,6 +88,18 @@ def _lines(fig: Figure, spec: FigureSpec) -> None:
         fig.add_trace(_curve(spec, x, values[i], i, name))
     if spec.reference is not None:
         fig.add_hline(y=spec.reference, line={"color": "#888", "width": 1, "dash": "dot"})
+    _x_axis(fig, spec)
+    if not any(isinstance(c, str) for c in spec.x):
+        fig.update_xaxes(unifiedhovertitle={"text": f"{_safe(spec.x_label)} %{{x}}"})
+    fig.update_yaxes(
+        title=_safe(spec.y_label), range=spec.limits, zeroline=False, gridcolor="rgba(128,128,128,0.25)"
+    )
+    legend = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "font": {"size": 13}, "itemwidth": 40}
+    fig.update_layout(height=430, showlegend=len(spec.series) > 1, legend=legend)
+
+
+def _x_axis(fig: Figure, spec: FigureSpec) -> None:
+    """Ticks and title along the layers (or whatever stands there)."""
     at, words = spec.x_ticks()
     fig.update_xaxes(
         title=_safe(spec.x_label),
@@ -96,13 +108,6 @@ def _lines(fig: Figure, spec: FigureSpec) -> None:
         showgrid=False,
         zeroline=False,
     )
-    if not any(isinstance(c, str) for c in spec.x):
-        fig.update_xaxes(unifiedhovertitle={"text": f"{_safe(spec.x_label)} %{{x}}"})
-    fig.update_yaxes(
-        title=_safe(spec.y_label), range=spec.limits, zeroline=False, gridcolor="rgba(128,128,128,0.25)"
-    )
-    legend = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "font": {"size": 13}, "itemwidth": 40}
-    fig.update_layout(height=430, showlegend=len(spec.series) > 1, legend=legend)
 
 
 def _curve(spec: FigureSpec, x: list[float], y: NDArray[Any], i: int, name: str) -> go.Scatter:
@@ -145,14 +150,7 @@ def _heat(fig: Figure, spec: FigureSpec) -> None:
     fig.add_trace(_cells(spec, z, places, shown, f"{where}: <b>%{{z:.4g}}</b><extra></extra>"))
     if np.isnan(z).any():
         fig.add_trace(_grey_cells(spec, np.isnan(z), places, shown, f"{where}: not finite<extra></extra>"))
-    at, words = spec.x_ticks()
-    fig.update_xaxes(
-        title=_safe(spec.x_label),
-        tickvals=at,
-        ticktext=[_safe(w) for w in words],
-        showgrid=False,
-        zeroline=False,
-    )
+    _x_axis(fig, spec)
     every = max(1, -(-len(spec.series) // 24))
     names = [_safe(s) for s in spec.series]
     fig.update_yaxes(
