@@ -173,11 +173,24 @@ def run_sweep(
     _warn_if_dead(p, clean, what, float(torch.finfo(model.dtype).eps))
     spent = sum((row.spent for row in rows), Ledger())
     return Result(
-        values=(p - clean) * 100.0 / clean, axes=("item", "pathway", "layer"),
+        values=_change(p, clean), axes=("item", "pathway", "layer"),
         coords={"item": keys, "pathway": list(what.pathways), "layer": list(range(1, n_layers + 1))},
         unit=UNIT, recipe=recipe.plain() if recipe else {}, name="attention knock-out", baseline=0.0,
         notes=_notes(model, first, what, spent),
     )  # fmt: skip
+
+
+def _change(p: Any, clean: Any) -> Any:
+    """Change in percent; nan, with a LabWarning, where the clean run gives the token no probability at all."""
+    lost = int((clean == 0).sum())
+    if lost:
+        warnings.warn(
+            f"{lost} of {clean.size} items give the measured token probability 0 in the clean run: no change can be "
+            "given in percent (nan); use metric='argmax'",
+            LabWarning,
+            stacklevel=4,
+        )
+    return (p - clean) * 100.0 / np.where(clean == 0, np.nan, clean)
 
 
 # ---- one item -------------------------------------------------------------------------------------------------------
