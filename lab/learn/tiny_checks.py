@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lab.carriers import VideoQA
 from lab.learn.tiny_data import FRAMES, Prompts, relit, shrink, to_pixels
+from lab.learn.tiny_tasks import Asked
 from lab.sim.clips import write_mp4
 from lab.sim.moving import items
 from lab.sim.shapes import render
+from lab.sim.tasks import TEMPORAL, draw_items
 from lab.video import read
 
 Clips = NDArray[np.uint8]  # [item, frame, height, width, 3]
@@ -40,15 +42,24 @@ def right(hf: Any, prompts: Prompts, asked: Sequence[VideoQA], clips: Clips) -> 
     """Share of right letters (`letter`) and of right words at the `?` (`ask`)."""
     letters, words = answers(hf, prompts, asked, clips)
     want = prompts.word([item.letter or "" for item in asked])
-    named = prompts.word([item.options[int(item.answer or 0)] for item in asked])
+    named = prompts.word([Asked("", i.options, i.options[int(i.answer or 0)]).telling for i in asked])
     return {"letter": (letters == want).float().mean().item(), "ask": (words == named).float().mean().item()}
 
 
-def held_out(prompts: Prompts, n: int, seed: int) -> Callable[[Any], dict[str, float]]:
-    """A check for the trainer: `right` on `n` clips that training never draws."""
-    asked = items(n, seed)
-    clips = np.stack([shrink(item.video) for item in asked])
-    return lambda hf: {k: round(v, 4) for k, v in right(hf, prompts, asked, clips).items()}
+def held_out(prompts: Prompts, n: int, seed: int) -> Callable[[Any], dict[str, Any]]:
+    """A check for the trainer: `right` by task, on `n` clips of each that training never draws."""
+    return check_on(prompts, {task: draw_items(task, n, seed) for task in TEMPORAL})
+
+
+def check_on(prompts: Prompts, asked: Mapping[str, Sequence[VideoQA]]) -> Callable[[Any], dict[str, Any]]:
+    """A check for the trainer: `right` by task on these items."""
+    clips = {task: np.stack([shrink(item.video) for item in drawn]) for task, drawn in asked.items()}
+
+    def check(hf: Any) -> dict[str, Any]:
+        found = {task: right(hf, prompts, drawn, clips[task]) for task, drawn in asked.items()}
+        return {task: {k: round(v, 4) for k, v in numbers.items()} for task, numbers in found.items()}
+
+    return check
 
 
 def through_mp4(item: VideoQA, folder: str | Path) -> NDArray[np.uint8]:

@@ -46,27 +46,27 @@ MORE_STEMS: tuple[str, ...] = (  # for the last stage; {2} is "left or right" or
 # ---- prompts: the ids the model reads at inference, cut into parts ----
 
 
-def spans(item: VideoQA) -> list[Span]:
+def spans(item: VideoQA, frames: int = FRAMES) -> list[Span]:
     """The whole prompt of one question, as the llava_onevision family lays it out."""
     side = GRID * GRID
-    video = [Span("frame", kind="video", rows=(f * side, f * side + side), frame=f) for f in range(FRAMES)]
-    video.append(Span("separator", kind="video", rows=(VIDEO - 1, VIDEO)))
+    video = [Span("frame", kind="video", rows=(f * side, f * side + side), frame=f) for f in range(frames)]
+    video.append(Span("separator", kind="video", rows=(frames * side, frames * side + 1)))
     user = [Span("template", "<|im_start|>user "), *video, Span("connector", "\n"), *question_spans(item)]
     return [*user, Span("template", "<|im_end|><|im_start|>assistant\n"), *answer_spans(item)]
 
 
 class Prompts:
-    """Token ids of prompts, through the same `lay_out` that inference uses."""
+    """Token ids of prompts with a video of `frames` frames, through the same `lay_out` that inference uses."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, frames: int = FRAMES) -> None:
+        self.tokenizer, self.frames = tokenizer, frames
         self.ids = vocabulary.token_ids()
         self.cut = lru_cache(maxsize=None)(self._cut)
 
     def whole(self, item: VideoQA) -> Tensor:
         """[1, pos] ids of the whole prompt."""
-        grid = VideoGrid.regular(FRAMES, GRID, GRID, seconds=None, weight=4).plus_newline()
-        return lay_out(spans(item), grid, self.tokenizer, self.ids["<video>"])[0]
+        grid = VideoGrid.regular(self.frames, GRID, GRID, seconds=None, weight=4).plus_newline()
+        return lay_out(spans(item, self.frames), grid, self.tokenizer, self.ids["<video>"])[0]
 
     def _cut(self, question: str, options: tuple[str, ...]) -> tuple[list[int], list[int], list[int]]:
         """Prompt ids as (up to the video's end, question up to its `?`, the rest)."""

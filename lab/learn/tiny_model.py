@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,15 @@ def start(hf: Any) -> None:
 
 
 def write(hf: Any, folder: str | Path) -> Path:
-    """Save everything a transformers checkpoint has: weights, configs, tokenizer, preprocessor files."""
+    """Save everything a transformers checkpoint has: weights, configs, tokenizer, preprocessor files.
+
+    Weights are stored in half precision, to half the package's size; the config still says float32, so whoever loads
+    it gets float32 numbers that half precision can hold.
+    """
     out = vocabulary.save(folder)
-    hf.save_pretrained(out)
+    deepcopy(hf).half().save_pretrained(out)
+    written = json.loads((out / "config.json").read_text())
+    _json(out / "config.json", _in_float32(written))
     shared = {
         "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
         "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 3, "rescale_factor": 1 / 255,
@@ -72,6 +79,13 @@ def write(hf: Any, folder: str | Path) -> Path:
     _json(out / "video_preprocessor_config.json", {**shared, **video})
     _json(out / "processor_config.json", both)
     return out
+
+
+def _in_float32(config: Any) -> Any:
+    """The parsed config with every `dtype` in it set to float32."""
+    if not isinstance(config, dict):
+        return config
+    return {k: "float32" if k == "dtype" else _in_float32(v) for k, v in config.items()}
 
 
 def _json(path: Path, content: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from lab.model.videollm import VideoLLM
 from lab.pixels import Preprocessor
 
 DATA = Path(__file__).parents[1] / "data"
-BUNDLED = ("tiny",)
+BUNDLED = ("tiny", "tiny-image")
 
 
 def wrap(hf_model: nn.Module, tokenizer: Any = None, *, preprocessor: Any = None) -> VideoLLM:

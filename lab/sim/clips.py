@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lab.errors import VideoError
 from lab.sim.moving import DIRECTIONS, draw_scene
 from lab.sim.shapes import render
+from lab.sim.tasks import TEMPORAL, draw_items
 
 FOLDER = Path(__file__).parent.parent / "data" / "clips"
 
@@ -38,13 +39,20 @@ def write_mp4(frames: NDArray[np.uint8], path: str | Path, fps: int = 8, *, qual
 
 
 def demo(folder: str | Path = FOLDER, *, frames: int = 24, seed: int = 3) -> list[Path]:
-    """Write left.mp4, right.mp4, up.mp4 and down.mp4; three seconds each at 8 frames per second."""
+    """Write left.mp4, right.mp4, up.mp4 and down.mp4, and one clip of every other temporal task, at 8 frames per second.
+
+    Three seconds each; object_count one second, because sampling 8 of 24 frames would not keep its beat.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for i, way in enumerate(DIRECTIONS):
         scene = draw_scene(np.random.default_rng((seed, i)), frames, way=way)
         written.append(write_mp4(render(scene), Path(folder) / f"{way}.mp4"))
         print(f"{written[-1]}: a {scene.colour} {scene.shape} moves {way}")
+    for task in TEMPORAL[1:]:
+        item = draw_items(task, 1, seed, frames=8 if task == "object_count" else frames)[0]
+        written.append(write_mp4(item.video, Path(folder) / f"{task}.mp4"))
+        print(f"{written[-1]}: {item.question} {list(item.options)} {item.options[int(item.answer or 0)]}")
     return written
 
 
