@@ -10,6 +10,7 @@ from lab.errors import VideoError
 from lab.sim.clips import demo, write_mp4
 from lab.sim.moving import DIRECTIONS, direction, draw_scene, items, twin_scene
 from lab.sim.shapes import COLOURS, SHAPES, Scene, render
+from lab.sim.tasks import TASKS
 from lab.video import read
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -80,6 +81,6 @@ def test_frames_that_cannot_be_encoded(tmp_path, shape: tuple[int, ...], dtype: 
 
 def test_demo_clips(tmp_path) -> None:
     paths = demo(tmp_path, frames=8)
-    assert [p.stem for p in paths] == list(DIRECTIONS)
+    assert [p.stem for p in paths] == [*DIRECTIONS, *TASKS[1:5]]
     with av.open(str(paths[0])) as file:
         assert file.streams.video[0].codec_context.name == "h264"

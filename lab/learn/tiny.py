@@ -53,13 +53,12 @@ def _five(tasks: TaskBatches) -> list[Stage]:
     """Counting comes last: four tasks are learned in 600 steps; it needs easier clips, and most of the worlds."""
     few = {"worlds": 1, "counts": 8, "rough": 0.3}
     spoil = Spoil(shuffled=0.15, blank=0.03)
-    last = partial(tasks.mixed, every=8, lists=3, hints=0, rough=0.6, wide=True, spoil=spoil)
+    last = partial(tasks.mixed, every=8, lists=3, hints=0, rough=0.6, wide=True, spoil=spoil, counts=4)
     return [
         Stage("five tasks", partial(tasks.mixed, every=4, rough=0.3, easy=0.7), ("ask_acc", 0.9), 1231),
         Stage("count", partial(tasks.mixed, every=6, easy=0.7, **few), ("ask_acc", 0.9), 1500),
-        Stage("whole count", partial(tasks.mixed, every=6, **few), ("ask_acc", 0.95), 2500),
-        Stage("five letters", partial(tasks.mixed, every=6, lists=3, counts=5), ("letter_acc", 0.95), 2500),
-        Stage("five settle", last, ("letter_acc", 2.0), 900, peak=7e-4, decay=True),
+        Stage("whole count", partial(tasks.mixed, every=6, **few), ("ask_acc", 0.95), 677),
+        Stage("five settle", last, ("letter_acc", 2.0), 1400, peak=8e-4, decay=True),
     ]
 
 
