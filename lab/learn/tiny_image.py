@@ -75,6 +75,12 @@ class Pictures:
             return self.eight.video(step, worlds=1, **few)
         return self.one.video(step, worlds=3, **few)
 
+    def facts_by_letter(self, step: int) -> list[Batch]:
+        """Mostly facts with letters; every fourth step as `letters`, so that nothing else is forgotten."""
+        if step % 4 == 0:
+            return self.letters(step // 4, wide=True)
+        return self.plain.video(step, worlds=4, lists=3, hints=1, wide=True)
+
 
 def stages(pictures: Pictures) -> list[Stage]:
     """The recipe. Where temporal questions are in a batch, no gate can be passed: those stages have a length."""
@@ -83,9 +89,8 @@ def stages(pictures: Pictures) -> list[Stage]:
         Stage("short", partial(pictures.texts, short=True), ("short_acc", 0.95), 1500),
         Stage("final", partial(pictures.texts, short=False), ("hint_acc", 0.95), 1500),
         Stage("letters", pictures.letters, ("letter_acc", 2.0), 900),
-        Stage(
-            "settle", partial(pictures.letters, wide=True), ("letter_acc", 2.0), 500, peak=7e-4, decay=True
-        ),
+        Stage("settle", partial(pictures.letters, wide=True), ("letter_acc", 2.0), 500, 7e-4, True),
+        Stage("facts again", pictures.facts_by_letter, ("letter_acc", 2.0), 900, decay=True),
     ]
 
 
