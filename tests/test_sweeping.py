@@ -13,7 +13,7 @@ from lab.edges import sweeping
 from lab.edges.dense import run_dense
 from lab.edges.pathways import cut_mask
 from lab.edges.policy import Policy
-from lab.edges.sweeping import Sweep, _change, layers_of, sweep
+from lab.edges.sweeping import Sweep, layers_of, sweep
 from lab.errors import LabWarning, RunError, UsageError
 from lab.runs import Cancel, Cancelled
 from probes.knockout import knockout
