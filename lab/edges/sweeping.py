@@ -561,7 +561,8 @@ def _warn_if_dead(change: NDArray[Any], clean: NDArray[Any], what: Sweep, eps: f
     scale = 100.0 if relative else np.maximum(1.0, np.abs(np.nan_to_num(clean[m]))).max()
     slack = 0.0 if what.executor == "reference" else 64 * eps * scale
     for i, pathway in enumerate(what.pathways):
-        if pathway != NOTHING and bool((np.nan_to_num(np.abs(change[m, :, i])) <= slack).all()):
+        known = change[m, :, i][np.isfinite(change[m, :, i])]
+        if pathway != NOTHING and known.size and bool((np.abs(known) <= slack).all()):
             warnings.warn(
                 f"cutting {name_of(pathway)!r} changed nothing in any window of any item",
                 LabWarning,
