@@ -43,6 +43,11 @@ LABELS = {
     "n_frames": "Frames",
     "option": "Option",
     "role": "Role",
+    "key_frame": "Frame that is read",
+    "query_frame": "Frame that reads",
+    "first": "First layer cut",
+    "last": "Last layer cut",
+    "token": "Token of the answer",
 }
 
 
@@ -215,7 +220,7 @@ def _heat(r: Result) -> FigureSpec:
     rows = tuple(text(c) for c in r.coords[y])
     return FigureSpec(
         "heat", "", r.unit, values=r.values, series=rows, x=tuple(r.coords[x]), x_label=label(x),
-        y_label=label(y), y_up=y in ("layer", "window"), reference=r.baseline,
+        y_label=label(y), y_up=y in ("layer", "window", "first"), reference=r.baseline,
     )  # fmt: skip
 
 
