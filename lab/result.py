@@ -132,12 +132,10 @@ class Result:
             raise UsageError(f"split({which!r}): use 'correct', 'wrong' or 'all'")
         if which == "all":
             return self
-        known = self.notes.get("correct", {})
-        keep = [
-            c for c in self.coords[self.axes[self._axis("item")]] if known.get(str(c)) is (which == "correct")
-        ]
+        n, known = self.shape[self._axis("item")], self.notes.get("correct", {})
+        keep = [c for c in self.coords["item"] if known.get(str(c)) is (which == "correct")]
         if not keep:
-            n, told = self.shape[self._axis("item")], sum(v is not None for v in known.values())
+            told = sum(v is not None for v in known.values())
             raise UsageError(
                 f"none of {n} items is answered {which} in the clean run; {told} have a known right answer"
             )
@@ -172,8 +170,8 @@ class Result:
         Raises UsageError if a coordinate has none.
         """
         at, given = self._axis(axis), self.notes.get(label)
-        labels = [given.get(str(c)) if isinstance(given, dict) else None for c in self.coords[axis]]
-        if not labels or any(not isinstance(v, str) for v in labels):
+        labels = [str(given.get(str(c), "")) if isinstance(given, dict) else "" for c in self.coords[axis]]
+        if not labels or not all(labels):
             raise UsageError(f"notes[{label!r}] does not give each of the {len(labels)} {axis}s a label")
         names = list(dict.fromkeys(labels))
         parts = [

@@ -203,7 +203,10 @@ def _panel(whole: Result, asked: Asked, folder: Path) -> list[Path]:
     from probes.pathways import PANEL
 
     title = f"Map the Flow: {whole.recipe.get('model', {}).get('name', '')}".rstrip(": ")
-    made = panel(_by_task(whole, asked), PANEL, title=title)
+    means = _by_task(whole, asked)
+    absent = [t for t in _correct(whole) if t not in means.coords["task"]]
+    note = f"No column for {', '.join(absent)}: no item is left." if absent else ""
+    made = panel(means, PANEL, title=title, note=note)
     return [save_panel(made, folder / "panel.png"), save_panel(made, folder / "panel.html")]
 
 

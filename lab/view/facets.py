@@ -19,10 +19,12 @@ ORDER = ("metric", "task", "pathway", "token", "head", "layer", "first", "key_fr
 
 def facets(result: Result) -> list[Result]:
     """The Result with items averaged, cut along as many axes as leave two that a figure can show; at most `MOST` parts."""
-    parts = [result.mean("item") if "item" in result.axes else result]
-    while len(parts[0].axes) > 2 or "metric" in parts[0].axes:
-        axis = next((a for a in ORDER if a in parts[0].axes), parts[0].axes[0])
+    parts, axes = [result.mean("item") if "item" in result.axes else result], list(result.axes)
+    axes = [a for a in axes if a != "item"]
+    while len(axes) > 2 or "metric" in axes:
+        axis = next((a for a in ORDER if a in axes), axes[0])
         parts = [p.select(**{axis: c}) for p in parts for c in p.coords[axis]]
+        axes.remove(axis)
     return parts[:MOST]
 
 
@@ -52,6 +54,7 @@ def panel(
 ) -> Panel:
     """The grid of a Result with axes (column, pathway, x): a row for each group of pathways that the Result has.
 
+    note  a sentence more below the grid
     Raises UsageError if an axis is missing or no pathway of any group is there.
     """
     missing = [a for a in (column, "pathway") if a not in result.axes]
@@ -68,7 +71,7 @@ def panel(
     cells = [[figure_spec(result.select(**{column: c, "pathway": ways}), title="", caption="") for c in labels] for ways in rows.values()]  # fmt: skip
     return Panel(
         title or result.name, result.unit, tuple(rows), tuple(_heading(result, c) for c in labels),
-        tuple(tuple(_one_scale(row)) for row in cells), _caption(result),
+        tuple(tuple(_one_scale(row)) for row in cells), f"{_caption(result)} {note}".strip(),
     )  # fmt: skip
 
 
