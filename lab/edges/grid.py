@@ -10,18 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from lab.carriers import TokenMap, VideoQA
 from lab.edges.closure import Cuts
-from lab.edges.pathways import NOTHING, cut_mask
+from lab.edges.pathnames import NOTHING
+from lab.edges.pathrows import Pair, path_rows
 from lab.edges.windows import Style, layer_axes, layer_sets
 from lab.errors import UsageError
-from lab.spans import ROLES
 
 Heads = Literal["each"] | Sequence[int] | None
-Pair = tuple[int, int]
 FramePairs = Literal["each"] | Sequence[Pair] | None
 
 
@@ -53,13 +49,11 @@ class Grid:
 
     def points(self, tokens: TokenMap, pathway: str, item: VideoQA | None) -> Iterator[tuple[int, Cuts]]:
         """(flat place, edges cut) of every point that exists for this prompt."""
-        whole = cut_mask(tokens, pathway, item)
+        whole = path_rows(tokens, pathway, item)
         at = 0
         for head in self.heads or (None,):
             for pair in self._all_pairs():
-                cut = (
-                    _narrowed(whole, tokens, head, pair, self.n_heads) if self._asked(pair, tokens) else None
-                )
+                cut = whole.narrowed(head, pair, self.n_heads).dense() if self._asked(pair, tokens) else None
                 for layers in self.layers:
                     if cut is not None and layers is not None:
                         yield at, dict.fromkeys(layers, cut)
@@ -67,10 +61,10 @@ class Grid:
 
     def check(self, tokens: TokenMap, pathway: str, item: VideoQA | None) -> None:
         """Raises UsageError for a pathway that cannot be read, has no token here, or has no edge between frames."""
-        cut = cut_mask(tokens, pathway, item)
+        cut = path_rows(tokens, pathway, item)
         if self.pairs is None or pathway == NOTHING:
             return
-        if not any(bool(_between(cut, tokens, p).any()) for p in self.pairs):
+        if not any(cut.narrowed(None, p, 1).any() for p in self.pairs):
             raise UsageError(
                 f"{pathway!r} has no edge between the frames asked; frame pairs go with 'cross-frame' or 'video->video'"
             )
@@ -134,18 +128,3 @@ def _whole(given: Any, what: str) -> tuple[int, ...]:
     if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
         raise UsageError(f"{what}: whole numbers are needed, got {given!r}")
     return numbers
-
-
-def _narrowed(cut: Tensor, tokens: TokenMap, head: int | None, pair: Pair | None, n_heads: int) -> Tensor:
-    """The part of a mask [q, k] in one head, [head, q, k], and between two frames; None: in all of them."""
-    cut = cut if pair is None else _between(cut, tokens, pair)
-    if head is None:
-        return cut
-    out = torch.zeros(n_heads, *cut.shape, dtype=torch.bool)
-    out[head] = cut
-    return out
-
-
-def _between(cut: Tensor, tokens: TokenMap, pair: Pair) -> Tensor:
-    frame = tokens.frame.masked_fill(tokens.role != ROLES.index("frame"), -1)
-    return cut & (frame[:, None] == pair[1]) & (frame[None, :] == pair[0])

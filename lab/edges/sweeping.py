@@ -310,7 +310,7 @@ def _batches(points: Iterator[tuple[int, Cuts]], size: int) -> Iterator[list[tup
     for point in points:
         held += size
         for cut in point[1].values():
-            held += 0 if id(cut) in masks else cut.numel()
+            held += 0 if id(cut) in masks or not isinstance(cut, Tensor) else cut.numel()
             masks.add(id(cut))
         batch.append(point)
         if held > TOGETHER:
