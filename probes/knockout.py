@@ -71,7 +71,12 @@ class KnockoutRecipe(Recipe):
             listed(self.pathways), self.window, self.style, self.metrics or (self.metric,), executor, heads=self.heads,
             frame_pairs=self.frame_pairs, target=self.target, per_token=self.per_token,
         )  # fmt: skip
-        return [run_sweep(model, items, ready, what, recipe=self, journal=self, out=out, show=progress)]
+        passing = [True] * len(ready)
+        return [
+            run_sweep(
+                model, items, ready, what, recipe=self, journal=self, out=out, show=progress, passing=passing
+            )
+        ]
 
     def _ready(self, model: Any) -> tuple[list[VideoQA | None], list[Ready]]:
         items = list(load_items([s.model_dump(mode="json") for s in self.items] if isinstance(self.items, tuple) else self.items, base=self.folder))  # fmt: skip

@@ -64,10 +64,14 @@ def pixels_id(ready: Ready) -> str:
 
 
 class Videos:
-    """Gives prompts what an earlier one about the same video has computed. Holds one video at a time."""
+    """Gives prompts what an earlier one about the same video has computed. Holds one video at a time.
 
-    def __init__(self, model: Any, ready: Sequence[Ready]) -> None:
+    passing   which prompts nobody else holds: what was seen for them is let go with their video (None: of none)
+    """
+
+    def __init__(self, model: Any, ready: Sequence[Ready], passing: Sequence[bool] | None = None) -> None:
         self.model, self.ready = model, ready
+        self.passing = [False] * len(ready) if passing is None else list(passing)
         self.families = families(ready)
         self._of = {i: f for f in self.families for i in f.members}
         self._family: Family | None = None
@@ -83,9 +87,16 @@ class Videos:
         """Give prompt `index` what the vision side saw for the last one about its video."""
         family, ready = self._of[index], self.ready[index]
         if family is not self._family:
+            self._let_go()
             self._family, self._first, self._store = family, ready, None
         elif self._first is not None and self._first is not ready:
             lend(self.model, self._first, ready, family.start)
+
+    def _let_go(self) -> None:
+        """What `see` keeps of a finished video is as large as its tokens' embeddings."""
+        for i in self._family.members if self._family is not None else ():
+            if self.passing[i]:
+                self.ready[i].memo.clear()
 
     def store(self, index: int, prompt: Ready) -> Store:
         """A stored clean run of `prompt`: prompt `index` itself, or with a response after it."""

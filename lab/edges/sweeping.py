@@ -103,7 +103,10 @@ def sweep(
         names = listed(pathways)
     what = Sweep(names, window, style, chosen, executor, n_rows, heads, frame_pairs, tuple(texts), per_token)
     recipe = None if out is None else _recipe(model, ready, what)
-    return run_sweep(model, [r.item for r in ready], ready, what, journal=recipe, out=out, cancel=cancel, show=show_progress)  # fmt: skip
+    return run_sweep(
+        model, [r.item for r in ready], ready, what, journal=recipe, out=out, cancel=cancel, show=show_progress,
+        passing=_passing(items, ready),
+    )  # fmt: skip
 
 
 def as_ready(model: Any, items: Any, pathways: Any, n_frames: int) -> list[Ready]:
@@ -114,6 +117,12 @@ def as_ready(model: Any, items: Any, pathways: Any, n_frames: int) -> list[Ready
             f"nothing to do: {len(given)} items, {0 if pathways is None else len(pathways)} pathways"
         )
     return [i if isinstance(i, Ready) else model.prepare(i, n_frames) for i in given]
+
+
+def _passing(items: Any, ready: Sequence[Ready]) -> list[bool]:
+    """Which prompts were prepared here, and were not handed in."""
+    given = list(items) if isinstance(items, list | tuple) else [items]
+    return [r is not i for r, i in zip(ready, given, strict=True)]
 
 
 def map_of(ready: Ready) -> TokenMap:
@@ -128,15 +137,19 @@ def map_of(ready: Ready) -> TokenMap:
 def run_sweep(
     model: Any, items: Sequence[VideoQA | None], ready: Sequence[Ready], what: Sweep, *, recipe: Recipe | None = None,
     journal: Recipe | None = None, out: Any = None, cancel: Cancel | None = None, show: bool = True,
+    passing: Sequence[bool] | None = None,
 ) -> Result:  # fmt: skip
-    """The sweep over prepared items. recipe: what made it, kept in the Result; journal: whom the folder `out` belongs to."""
+    """The sweep over prepared items. recipe: what made it, kept in the Result; journal: whom the folder `out` belongs to.
+
+    passing   which prompts were prepared for this sweep alone (see `lab.edges.reuse`)
+    """
     if model.pruning.chosen(None) is not None:
         raise UsageError("a sweep cuts the model as it is, and `model.pruned` is open: sweep outside of it")
     maps = [map_of(r) for r in ready]
     grid = grid_of(model, maps, what.style, what.window, what.heads, what.frame_pairs)
     texts = given_targets(what.target, len(ready))
     todo = [Todo(k, r, i, _checked(model, r, i, t, what, grid)) for k, r, i, t in zip(_keys(items), ready, items, texts, strict=True)]  # fmt: skip
-    videos = Videos(model, ready)
+    videos = Videos(model, ready, passing)
     with nullcontext() if out is None else Run(out, _named(journal), cancel=cancel) as run:
         # the fast executor cuts all pathways of an item together, so an item is one piece; else every curve is one
         groups = [what.pathways] if what.executor == "fast" else [(p,) for p in what.pathways]

@@ -50,7 +50,12 @@ class Panel:
 
 
 def panel(
-    result: Result, groups: Mapping[str, Sequence[str]], *, column: str = "task", title: str = ""
+    result: Result,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    column: str = "task",
+    title: str = "",
+    note: str = "",
 ) -> Panel:
     """The grid of a Result with axes (column, pathway, x): a row for each group of pathways that the Result has.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import plotly.graph_objects as go
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
@@ -105,11 +104,5 @@ def panel_plotly(panel: Panel) -> Figure:
         legend={"tracegroupgap": 14, "font": {"size": 12}}, margin={"l": 60, "r": 20, "t": 90, "b": 60},
         font={"family": "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif", "color": "#1d2126"},
     )  # fmt: skip
-    _small_titles(fig)
+    fig.update_annotations(font_size=12)  # headings of rows and columns
     return fig
-
-
-def _small_titles(fig: Figure) -> None:
-    note: go.layout.Annotation
-    for note in fig.layout.annotations:  # pyright: ignore[reportAttributeAccessIssue]
-        note.font.size = 12
