@@ -175,7 +175,11 @@ def test_the_panel_by_one_command(model, tmp_path, capsys):
     assert set(result.notes["task"].values()) == {"moving_direction", "scene_transition"}
     assert "video->true-option" in said and "answered right" in said and "tower calls" in said
     page = (tmp_path / "panel.html").read_text()
-    assert "scene transition" in page and (tmp_path / "panel.png").stat().st_size > 20_000
+    assert (
+        "scene transition" in page
+        and "default-src 'none'" in page
+        and (tmp_path / "panel.png").stat().st_size > 20_000
+    )
 
 
 @pytest.mark.parametrize(

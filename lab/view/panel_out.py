@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lab.errors import UsageError
 from lab.result import write_bytes
 from lab.view.facets import Panel
 from lab.view.matplotlib_out import SUFFIXES, curves, styled
+from lab.view.pages import POLICY
 from lab.view.plotly_out import Figure, add_curves
 from lab.view.specs import FigureSpec, wrapped
 
@@ -25,7 +27,9 @@ def save_panel(panel: Panel, path: str | Path) -> Path:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix == ".html":
-        return write_bytes(path, panel_plotly(panel).to_html(include_plotlyjs=True).encode())
+        page = panel_plotly(panel).to_html(include_plotlyjs=True)
+        rule = f'<head><meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{html.escape(panel.title)}</title>'
+        return write_bytes(path, page.replace("<head>", rule, 1).encode())
     if suffix not in SUFFIXES:
         raise UsageError(f"cannot tell the format of {path}; end its name in {', '.join(SUFFIXES)} or .html")
     out = io.BytesIO()
