@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lab.carriers import VideoQA
+from lab.edges import sweeping
 from lab.edges.dense import run_dense
 from lab.edges.metrics import METRICS, UNITS, changes
 from lab.edges.pathways import cut_mask, listed, name_of, usual_pathways
@@ -102,6 +103,20 @@ def test_percent_of_nothing_is_nan_and_said(asking, video, monkeypatch):
     with pytest.warns(LabWarning, match="1 of 1 items"):
         found = sweep(model, model.prepare(choice(video), 4), ["video->last"], metric="answer", **QUIET)
     assert np.isnan(found.values).all()
+
+
+def test_a_tokenizer_without_letters_can_still_be_swept(asking, video, monkeypatch):
+    model = asking("internvl")
+    ready = model.prepare(choice(video), 4)
+
+    def none(*args):
+        raise UsageError("the tokenizer has no single token for option letter 'A'")
+
+    monkeypatch.setattr(sweeping, "letters_of", none)
+    found = sweep(model, ready, ["video->last"], **QUIET)
+    assert found.notes["correct"] == {"q": None} and np.abs(found.values).max() > 0
+    with pytest.raises(UsageError, match="option letter"):
+        sweep(model, ready, ["video->last"], metric="kl", **QUIET)
 
 
 # ---- texts as answers ---------------------------------------------------------------------------------------------------

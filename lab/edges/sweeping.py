@@ -297,7 +297,20 @@ def _case(model: Any, n: int, todo: Todo, what: Sweep, videos: Videos) -> _Case:
     else:
         engine = _Reference(model, prompt, todo.read)
     ids = target.ids if target is not None else ()
-    return _Case(todo, engine, Gauge(what.metrics, ids, letters_of(model, todo.item) if model.tokenizer else (), engine.clean, what.per_token))  # fmt: skip
+    gauge = Gauge(what.metrics, ids, _letters(model, todo.item, what), engine.clean, what.per_token)
+    return _Case(todo, engine, gauge)
+
+
+def _letters(model: Any, item: VideoQA | None, what: Sweep) -> tuple[int, ...]:
+    """Tokens of the options' letters; empty where the tokenizer has none and nothing asked needs them."""
+    if model.tokenizer is None:
+        return ()
+    try:
+        return letters_of(model, item)
+    except UsageError:
+        if any(m in OF_OPTIONS for m in what.metrics):
+            raise
+        return ()
 
 
 def _levels(case: _Case, pathways: Sequence[str], grid: Grid) -> list[Any]:
@@ -375,6 +388,8 @@ def _checked(
             f"metrics {', '.join(m for m in what.metrics if m in OF_OPTIONS)} need items with at least 2 options, "
             f"this one has {0 if item is None else len(item.options)}; use metric='argmax'"
         )
+    if any(m in OF_OPTIONS for m in what.metrics):
+        letters_of(model, item)
     return target
 
 
