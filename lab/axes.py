@@ -11,6 +11,9 @@ row, col place of a video token in the grid of its frame, after any pooling or m
 token    one video token (pos counts everything; token counts only what the vision side made).
 option   answer option of a multiple-choice question, 0-based.
 window   centre layer of an attention knockout.
+metric   what a sweep reads of a run: see lab.edges.metrics. task: the benchmark's task an item belongs to.
+key_frame, query_frame   frame that is read, frame that reads, of attention edges. 0-based.
+first, last   first and last layer cut, where every range of layers is (1-based).
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ class VideoQA:
     video     path (file or folder of images), uint8 array or tensor [frame, height, width, 3], or `Frames`
     options   answer options; empty for an open question
     answer    index of the right option, or the right text of an open question; None if unknown
+    clip      (start, end), the seconds of the video that the question is about; None: all of it
     state     ground truth of a simulated video; twin: the smallest change of video that flips the answer
     """
 
@@ -39,6 +40,7 @@ class VideoQA:
     task: str = ""
     state: Any = field(default=None, repr=False, compare=False)
     twin: VideoQA | None = field(default=None, repr=False, compare=False)
+    clip: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.question, str):
@@ -51,6 +53,8 @@ class VideoQA:
         object.__setattr__(self, "options", tuple(options))
         if isinstance(self.video, Path):
             object.__setattr__(self, "video", str(self.video))
+        if self.clip is not None:
+            object.__setattr__(self, "clip", _seconds(self.clip))
         self._check_options()
 
     def _check_options(self) -> None:
@@ -81,6 +85,15 @@ class VideoQA:
     def letter(self) -> str | None:
         """Letter of the right option, None if there are no options or the answer is unknown."""
         return LETTERS[self.answer] if self.options and isinstance(self.answer, int) else None
+
+
+def _seconds(clip: Any) -> tuple[float, float]:
+    numbers = tuple(clip) if isinstance(clip, Sequence) and not isinstance(clip, str) else ()
+    if len(numbers) != 2 or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+        raise UsageError(f"clip must be (start, end) in seconds, got {clip!r}")
+    if not 0 <= numbers[0] < numbers[1]:
+        raise UsageError(f"clip must have 0 <= start < end, got {clip!r}")
+    return float(numbers[0]), float(numbers[1])
 
 
 def _check_unicode(text: str) -> None:

@@ -2,7 +2,8 @@
 
 load_items("clips.jsonl")                                       one JSON object per line
 load_items("clips.yaml")                                        a list, or {items: [...]}, or {sim: ...}
-load_items({"sim": "moving_direction", "n": 8, "seed": 0})      made by lab.sim
+load_items("tvbench/json/action_sequence.json", videos="tvbench/video")
+load_items({"sim": "moving_direction", "n": 8, "seed": 0})      made by lab.sim; several tasks with commas between
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lab.benchmark_rows import as_item_rows, is_benchmark
 from lab.carriers import LETTERS, VideoQA
 from lab.errors import ConfigError, LabError, UsageError
 from lab.recipe import ItemFile, ItemSpec, Part, SimSpec, VideoSpec, explain, sha256_of
@@ -25,20 +27,23 @@ from lab.result import write_bytes
 from lab.runs import unique
 from lab.yamlfile import as_yaml, parse_yaml, read_text
 
-FIELDS = ("video", "question", "options", "answer", "id", "task")
+FIELDS = ("video", "question", "options", "answer", "id", "task", "clip")
 
 
-def load_items(source: Any, *, base: str | Path | None = None) -> list[VideoQA]:
+def load_items(
+    source: Any, *, base: str | Path | None = None, videos: str | Path | None = None
+) -> list[VideoQA]:
     """Items from a path, a simulator spec, a recipe's `items`, or a list of dicts; at least one.
 
-    base  folder that relative paths start from: by default the file's own folder, or the working folder
+    base    folder that relative paths start from: by default the file's own folder, or the working folder
+    videos  folder below which a benchmark file's videos lie (see `lab.benchmark_rows`); None: the file's own folder
     Items without an id get one from their place. Raises ConfigError with the file and line of what is wrong.
     """
     folder = Path(base) if base is not None else Path.cwd()
     if isinstance(source, Part):
         source = source.model_dump(mode="json")
     if isinstance(source, str | Path):
-        items = _from_file(folder / source)
+        items = _from_file(folder / source, videos)
     elif isinstance(source, Mapping):
         items = _from_mapping(dict(source), folder, "items")
     elif isinstance(source, Sequence):
@@ -72,6 +77,7 @@ def spec_of(item: VideoQA, **sampling: Any) -> ItemSpec:
     row = _row(item, Path.cwd())
     video = VideoSpec(path=row.pop("video"), sha256=sha256_of(item.video), **sampling)
     row["options"] = tuple(row.get("options", ()))
+    row["clip"] = item.clip
     return ItemSpec(video=video, **row)
 
 
@@ -79,10 +85,10 @@ def item_of(spec: ItemSpec, *, base: str | Path | None = None, name: str = "item
     """The item a recipe names. Raises ConfigError if the video is missing or is not the one the recipe was made with."""
     video = _video_path(spec.video.path, Path(base) if base is not None else Path.cwd(), name)
     _check_hash(video, spec.video.sha256, name)
-    return VideoQA(video, spec.question, spec.options, spec.answer, spec.id, spec.task)
+    return VideoQA(video, spec.question, spec.options, spec.answer, spec.id, spec.task, clip=spec.clip)
 
 
-def _from_file(path: Path) -> list[VideoQA]:
+def _from_file(path: Path, videos: str | Path | None = None) -> list[VideoQA]:
     folder, text = path.resolve().parent, read_text(path)
     if path.suffix == ".jsonl":
         return _from_lines(text, folder, path)
@@ -93,6 +99,8 @@ def _from_file(path: Path) -> list[VideoQA]:
         data = data["items"]
     if isinstance(data, dict):
         return _from_mapping(data, folder, str(path))
+    if is_benchmark(data):
+        data = as_item_rows(data, path, None if videos is None else Path(videos).expanduser())
     if not isinstance(data, list):
         raise ConfigError(f"{path}: expected a list of items, got {type(data).__name__}")
     return _from_list(data, folder, str(path), path.stem)
@@ -118,7 +126,7 @@ def _from_mapping(data: dict[str, Any], folder: Path, where: str) -> list[VideoQ
     if "file" in data:
         spec = _checked(ItemFile, data, where)
         _check_hash(folder / spec.file, spec.sha256, where)
-        return _from_file(folder / spec.file)
+        return _from_file(folder / spec.file, None if spec.videos is None else folder / spec.videos)
     return [_item(data, folder, where, "item:1")]
 
 
@@ -151,8 +159,9 @@ def _built(row: dict[str, Any], folder: Path, where: str, default_id: str) -> Vi
         answer = _answer(row.get("answer"), tuple(options))
         video = str(_video_path(row["video"], folder, where))
         return VideoQA(
-            video, row["question"], tuple(options), answer, row.get("id") or default_id, row.get("task", "")
-        )
+            video, row["question"], tuple(options), answer, row.get("id") or default_id, row.get("task", ""),
+            clip=row.get("clip"),
+        )  # fmt: skip
     except UsageError as e:
         raise ConfigError(f"{where}: {e}") from None
 
@@ -222,8 +231,13 @@ def _checked(cls: type[Any], data: dict[str, Any], where: str) -> Any:
 
 
 def _simulated(spec: SimSpec) -> list[VideoQA]:
-    made = list(_simulator(spec.sim).items(n=spec.n, seed=spec.seed))
-    return [_item(item, Path.cwd(), spec.sim, f"{spec.sim}:{spec.seed}:{i}") for i, item in enumerate(made)]
+    out: list[VideoQA] = []
+    for task in spec.sim.split(","):
+        made = _simulator(task.strip()).items(n=spec.n, seed=spec.seed)
+        out += [
+            _item(item, Path.cwd(), task, f"{task.strip()}:{spec.seed}:{i}") for i, item in enumerate(made)
+        ]
+    return out
 
 
 def _simulator(name: str) -> Any:
@@ -260,4 +274,5 @@ def _row(item: VideoQA, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {n: getattr(item, n) for n in FIELDS}
     row["video"] = (video.relative_to(folder.absolute()) if inside else video).as_posix()
     row["options"] = list(item.options)
+    row["clip"] = None if item.clip is None else list(item.clip)
     return {k: v for k, v in row.items() if v not in ("", None) and v != []}

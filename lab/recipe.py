@@ -148,10 +148,11 @@ class ItemSpec(Part):
     answer: int | str | None = None
     id: str = ""
     task: str = ""
+    clip: tuple[float, float] | None = None
 
 
 class SimSpec(Part):
-    """Simulated items: `n` items of the simulator task `sim`, drawn with `seed`."""
+    """Simulated items: `n` items of the simulator task `sim` (or of each, with commas between), drawn with `seed`."""
 
     sim: str
     n: int = Field(default=8, ge=1)
@@ -159,10 +160,14 @@ class SimSpec(Part):
 
 
 class ItemFile(Part):
-    """A file of items (.jsonl or .yaml); `sha256` is checked when given."""
+    """A file of items (.jsonl, .yaml, or TVBench's and MVBench's .json); `sha256` is checked when given.
+
+    videos   the folder below which a benchmark's videos lie
+    """
 
     file: str
     sha256: str | None = None
+    videos: str | None = None
 
 
 def _items_tag(value: Any) -> str | None:

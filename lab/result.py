@@ -118,14 +118,36 @@ class Result:
                 out = out._take(at, [out._index(axis, w) for w in want])
             else:
                 chosen = {**out.notes.get("selected", {}), axis: want}
-                out = replace(out._take(at, out._index(axis, want)), notes={**out.notes, "selected": chosen})
+                part = out._take(at, out._index(axis, want))
+                out = replace(part, unit=_unit(out, axis, want), notes={**out.notes, "selected": chosen})
         return out
+
+    def split(self, which: str) -> Result:
+        """The items whose answer the clean run gets "correct", those it gets "wrong", or "all" of them.
+
+        Needs `notes["correct"]` (sweeps write it); items whose right answer is not known are in "all" alone.
+        Raises UsageError for another word, where nothing is known, or where no item is left.
+        """
+        if which not in ("correct", "wrong", "all"):
+            raise UsageError(f"split({which!r}): use 'correct', 'wrong' or 'all'")
+        if which == "all":
+            return self
+        n, known = self.shape[self._axis("item")], self.notes.get("correct", {})
+        keep = [c for c in self.coords["item"] if known.get(str(c)) is (which == "correct")]
+        if not keep:
+            told = sum(v is not None for v in known.values())
+            raise UsageError(
+                f"none of {n} items is answered {which} in the clean run; {told} have a known right answer"
+            )
+        part = self.select(item=keep)
+        return replace(part, notes={**part.notes, "split": which})
 
     def mean(self, axis: str, *, n_boot: int = 1000, seed: int = 0) -> Result:
         """Mean over one axis; low and high become a 95 % bootstrap interval made by resampling that axis.
 
-        nan counts as missing. `notes["n"][axis]` says over how many the mean was taken; with a single one there is no
-        interval. The same seed gives the same interval.
+        Coordinates that `notes["groups"][axis]` gives the same label (questions about one video) are resampled
+        together: the groups are drawn. nan counts as missing. `notes["n"][axis]` says over how many the mean was taken;
+        with a single group there is no interval. The same seed gives the same interval.
         """
         at = self._axis(axis)
         values = np.moveaxis(self.values.astype(float), at, 0)
@@ -133,12 +155,32 @@ class Result:
         if n == 0:
             raise UsageError(f"axis {axis!r} has 0 entries, so there is nothing to average")
         middle = _mean(np.ones((1, n)), values)[0]
-        low, high = _interval(values, n_boot, seed) if n > 1 else (None, None)
+        groups = _groups(self.coords[axis], self.notes.get("groups", {}).get(axis, {}))
+        low, high = _interval(values, n_boot, seed, groups) if groups.shape[0] > 1 else (None, None)
         counts = {**self.notes.get("n", {}), axis: n}
         axes = tuple(a for a in self.axes if a != axis)
         coords = {a: self.coords[a] for a in axes}
         notes = {**self.notes, "n": counts}
         return replace(self, values=middle, axes=axes, coords=coords, notes=notes, low=low, high=high)
+
+    def mean_by(self, label: str, axis: str = "item", *, n_boot: int = 1000, seed: int = 0) -> Result:
+        """Means over the entries of `axis` that have one label each: the axis becomes `label`, in order of appearance.
+
+        label  a name in `notes`, whose entry gives every coordinate its label: "task" of items
+        Raises UsageError if a coordinate has none.
+        """
+        at, given = self._axis(axis), self.notes.get(label)
+        labels = [str(given.get(str(c), "")) if isinstance(given, dict) else "" for c in self.coords[axis]]
+        if not labels or not all(labels):
+            raise UsageError(f"notes[{label!r}] does not give each of the {len(labels)} {axis}s a label")
+        names = list(dict.fromkeys(labels))
+        parts = [
+            self._take(at, [i for i, v in enumerate(labels) if v == name]).mean(
+                axis, n_boot=n_boot, seed=seed
+            )
+            for name in names
+        ]
+        return _stacked(self, parts, axis, label, names)
 
     def tidy(self) -> list[dict[str, Any]]:
         """One row for every value: its coordinates, `value`, and `low` and `high` where there is an interval."""
@@ -349,14 +391,51 @@ def _mean(weight: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
         return (total / (weight @ known)).reshape(len(weight), *values.shape[1:])
 
 
-def _interval(values: NDArray[Any], n_boot: int, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    n = len(values)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float)
+def _groups(coords: list[Any], labels: Mapping[str, str]) -> NDArray[Any]:
+    """[group, coordinate], 1 where a coordinate belongs to a group; one without a label is a group of its own."""
+    owner = [("label", labels[str(c)]) if str(c) in labels else ("alone", i) for i, c in enumerate(coords)]
+    names = list(dict.fromkeys(owner))
+    return np.array([[float(o == name) for o in owner] for name in names])
+
+
+def _interval(
+    values: NDArray[Any], n_boot: int, seed: int, groups: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    n = len(groups)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(float) @ groups
     means = _mean(draws, values)
     missing = np.isnan(means).all(0)  # all draws lack a value: nothing to take a quantile of
     with np.errstate(invalid="ignore"):
         low, high = np.nanquantile(np.where(missing, 0.0, means), [0.025, 0.975], axis=0)
     return np.where(missing, np.nan, low), np.where(missing, np.nan, high)
+
+
+def _unit(r: Result, axis: str, want: Any) -> str:
+    """The unit of the part at one coordinate of an axis whose coordinates have units of their own."""
+    own = r.notes.get("units", {}).get(axis, {})
+    return str(own.get(str(want), r.unit))
+
+
+def _stacked(whole: Result, parts: list[Result], axis: str, label: str, names: list[str]) -> Result:
+    """Means of several groups side by side; a group of one has no interval, and then its bounds are nan."""
+    at = whole.axes.index(axis)
+    some = any(p.low is not None for p in parts)
+    low, high = (
+        np.stack([np.full(p.shape, np.nan) if (a := getattr(p, n)) is None else a for p in parts], at)
+        if some
+        else None
+        for n in ("low", "high")
+    )
+    axes = tuple(label if a == axis else a for a in whole.axes)
+    coords = {a: names if a == label else whole.coords[a] for a in axes}
+    counts = {
+        **whole.notes.get("n", {}),
+        axis: {k: p.notes["n"][axis] for k, p in zip(names, parts, strict=True)},
+    }
+    values = np.stack([p.values for p in parts], at)
+    return replace(
+        whole, values=values, axes=axes, coords=coords, low=low, high=high, notes={**whole.notes, "n": counts}
+    )
 
 
 # ---- the file -----------------------------------------------------------------------------------------------------

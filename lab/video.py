@@ -43,6 +43,7 @@ def read(
     fps: float | None = None,
     index: Sequence[int] | None = None,
     max_frames: int | None = None,
+    clip: tuple[float, float] | None = None,
 ) -> Frames:
     """Frames of a video, upright RGB uint8 at the video's own size. See the module for which frames.
 
@@ -53,6 +54,7 @@ def read(
     fps         frames per second, more than 0. Not for sources without a clock (arrays, images)
     index       frames by their place in the source
     max_frames  upper limit
+    clip        (start, end): only frames shown in these seconds of the video, for n_frames and fps
 
     Times come from the file's presentation timestamps, seen from its first frame; nan for sources without a clock.
     10-bit video is reduced to 8 bit, transparent parts show white, non-square pixels are left as stored, interlaced
@@ -68,6 +70,8 @@ def read(
     total = len(source.seconds)
     if index is not None:
         wanted = _explicit(index, total, limit)
+    elif clip is not None:
+        wanted = _in_clip(source, clip, n_frames, fps, limit)
     elif fps is not None:
         wanted = _at_rate(source, _rate(fps), limit)
     else:
@@ -149,6 +153,30 @@ def _at_rate(source: Source, fps: float, limit: int | None) -> list[int]:
     _check_size(source.info, n if limit is None else min(n, limit))
     ticks = range(n) if limit is None or n <= limit else uniform(limit, n)
     return [max(0, bisect.bisect_right(seconds, start + t / fps + SLACK) - 1) for t in ticks]
+
+
+def _in_clip(
+    source: Source, clip: tuple[float, float], n_frames: int | None, fps: float | None, limit: int | None
+) -> list[int]:
+    """Frames between two times, by their number or rate."""
+    first = source.seconds[0]
+    if math.isnan(first):
+        raise UsageError(f"a clip needs to know when frames are shown, {source.info.source} does not say")
+    inside = [i for i, s in enumerate(source.seconds) if clip[0] - SLACK <= s - first <= clip[1] + SLACK]
+    if not inside:
+        raise UsageError(
+            f"{source.info.source}: no frame is shown from {clip[0]:g} to {clip[1]:g} s; it lasts {source.info.duration:g} s"
+        )
+    if fps is not None:
+        rate = _at_rate(source, _rate(fps), None)
+        found = [i for i in rate if inside[0] <= i <= inside[-1]] or inside[:1]
+        return (
+            found if limit is None or len(found) <= limit else [found[i] for i in uniform(limit, len(found))]
+        )
+    n = _count(N_FRAMES if n_frames is None else n_frames, "n_frames")
+    n = n if limit is None else min(n, limit)
+    _check_size(source.info, n)
+    return [inside[i] for i in uniform(n, len(inside))]
 
 
 def _explicit(index: Sequence[int], total: int, limit: int | None) -> list[int]:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from lab.carriers import VideoQA
 from lab.edges.dense import dense_edges
-from lab.edges.pathways import PATHWAYS, PORTABLE, cut_mask, usual_pathways
+from lab.edges.pathways import PATHWAYS, PORTABLE, cut_mask, listed, usual_pathways
 from lab.edges.sweeping import (
     UNIT,
     WINDOW,
     Executor,
     Metric,
+    Style,
     Sweep,
     as_ready,
     layers_of,
@@ -53,6 +54,12 @@ class KnockoutRecipe(Recipe):
     pathways: tuple[str, ...] = Field(default=PATHWAYS, min_length=1)
     window: int = Field(default=WINDOW, ge=1)
     metric: Metric = "argmax"
+    metrics: tuple[Metric, ...] = ()  # several at once; empty: `metric` alone
+    style: Style = "center"
+    target: str | tuple[str | None, ...] | None = None
+    per_token: bool = False
+    heads: Literal["each"] | tuple[int, ...] | None = None
+    frame_pairs: Literal["each"] | tuple[tuple[int, int], ...] | None = None
 
     def run(
         self, *, progress: bool = True, model: Any = None, out: str | Path | None = None, executor: Executor = DEFAULT,
@@ -60,8 +67,16 @@ class KnockoutRecipe(Recipe):
         """Load what the recipe names (or use `model`) and sweep. Raises ConfigError if a file or the weights changed."""
         model = model or load_spec(self.model)
         items, ready = self._ready(model)
-        what = Sweep(self.pathways, self.window, metric=self.metric, executor=executor)
-        return [run_sweep(model, items, ready, what, recipe=self, journal=self, out=out, show=progress)]
+        what = Sweep(
+            listed(self.pathways), self.window, self.style, self.metrics or (self.metric,), executor, heads=self.heads,
+            frame_pairs=self.frame_pairs, target=self.target, per_token=self.per_token,
+        )  # fmt: skip
+        passing = [True] * len(ready)
+        return [
+            run_sweep(
+                model, items, ready, what, recipe=self, journal=self, out=out, show=progress, passing=passing
+            )
+        ]
 
     def _ready(self, model: Any) -> tuple[list[VideoQA | None], list[Ready]]:
         items = list(load_items([s.model_dump(mode="json") for s in self.items] if isinstance(self.items, tuple) else self.items, base=self.folder))  # fmt: skip
@@ -103,8 +118,8 @@ def knockout(
     Raises UsageError for unknown pathways or segments; warns (LabWarning) when a pathway changed nothing at all.
     """
     ready = as_ready(model, items, pathways, n_frames)
-    names = usual_pathways(map_of(ready[0])) if pathways is None else tuple(pathways)
-    what = Sweep(names, window, metric=metric, executor=executor)
+    names = usual_pathways(map_of(ready[0])) if pathways is None else listed(pathways)
+    what = Sweep(names, window, metrics=(metric,), executor=executor)
     recipe = _recipe(model, ready, names, window, metric, n_frames)
     return run_sweep(
         model, [r.item for r in ready], ready, what, recipe=recipe, journal=recipe, out=out, cancel=cancel,

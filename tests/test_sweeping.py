@@ -13,7 +13,7 @@ from lab.edges import sweeping
 from lab.edges.dense import run_dense
 from lab.edges.pathways import cut_mask
 from lab.edges.policy import Policy
-from lab.edges.sweeping import Sweep, _change, layers_of, sweep
+from lab.edges.sweeping import Sweep, layers_of, sweep
 from lab.errors import LabWarning, RunError, UsageError
 from lab.runs import Cancel, Cancelled
 from probes.knockout import knockout
@@ -256,11 +256,3 @@ def test_the_committed_numbers_meet_their_targets():
         assert case["target_ratio"] == bench.CASES[name][3] <= case["ratio"], name
         assert case["max_difference"] <= 1e-5 and case["fallbacks"] == 0
         assert case["one"]["from nothing / clean"] <= 1.10 and case["one"]["stored / clean"] <= 1 / 15
-
-
-def test_an_answer_without_probability_has_no_percent():
-    """softmax underflows to 0 for an answer far below the others; that is no change of minus nothing."""
-    p, clean = np.array([[[0.1, 0.2]], [[0.0, 0.0]]]), np.array([[[0.2]], [[0.0]]])
-    with pytest.warns(LabWarning, match="1 of 2 items"):
-        change = _change(p, clean)
-    assert np.allclose(change[0, 0], [-50.0, 0.0]) and np.isnan(change[1]).all()

@@ -164,11 +164,20 @@ def sweep(
         typer.Option(
             "--items",
             metavar="FILE",
-            help='Questions: .jsonl or .yaml, or a simulator task: \'{"sim": "moving_direction", "n": 8}\'.',
+            help="Questions: .jsonl or .yaml, a TVBench or MVBench .json, or simulated ones: sim:TASKS:N:SEED "
+            "(sim:temporal:20 is the paper's five tasks).",
         ),
     ],
+    video_root: Annotated[str | None, typer.Option("--video-root", metavar="FOLDER", help="Where a benchmark's videos lie.")] = None,
     model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None,
     pathway: Pathway = None, window: Window = None,
+    style: Annotated[str, typer.Option("--style", metavar="NAME", help="center, shift, inverse, top_down, bottom_up or triangle.")] = "center",
+    metric: Annotated[list[str] | None, typer.Option("--metric", metavar="NAME", help="argmax, answer, target, logprob, option_p, margin, flip or kl; repeat for more.")] = None,
+    target: Annotated[str | None, typer.Option("--target", metavar="TEXT", help="Follow the probability of this answer text.")] = None,
+    heads: Annotated[str | None, typer.Option("--heads", metavar="LIST", help="Cut heads one at a time: each, or 0,3,5.")] = None,
+    frame_pairs: Annotated[str | None, typer.Option("--frame-pairs", metavar="LIST", help="Cut pairs of frames one at a time: each, or 0-3,1-3.")] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Draw the items answered correct, wrong or all (default; the panel: correct).")] = None,
+    panel: Annotated[bool, typer.Option("--panel", help="The paper's eleven curves, by task, on one page.")] = False,
     executor: Annotated[
         str,
         typer.Option(
@@ -185,7 +194,10 @@ def sweep(
 
     def work() -> Reply:
         setting = asking.Setting(model, device, dtype, frames, None)
-        return sweeps.sweep_items(items, setting, pathway or [], window, executor, out)
+        asked = sweeps.Asked(
+            items, out, video_root, pathway or (), window, style, metric or (), target, heads, frame_pairs, split, panel, executor,
+        )  # fmt: skip
+        return sweeps.sweep_items(asked, setting)
 
     _finish(work, as_json)
 

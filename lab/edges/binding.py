@@ -16,7 +16,7 @@ from torch import Tensor
 from lab.carriers import TokenMap, VideoQA
 from lab.edges.cuts import Cut
 from lab.edges.predicates import matches, parse_where
-from lab.edges.segments import frames_of, members, names, roles_here
+from lab.edges.segments import columns_of, members, names, roles_here
 from lab.errors import UsageError
 from lab.spans import ROLES
 
@@ -58,10 +58,7 @@ class Bound:
     @cached_property
     def columns(self) -> dict[str, Tensor]:
         """What predicates may ask of a position; nan where unknown. pos counts from the first real token."""
-        first = int(self.real.long().argmax())
-        raw = {"frame": frames_of(self.prompt), "row": self.prompt.row, "col": self.prompt.col}
-        known = {name: torch.where(c < 0, torch.nan, c.double()) for name, c in raw.items()}
-        return {**known, "pos": torch.arange(self.n).double() - first}
+        return columns_of(self.prompt)
 
     def exists(self, rows: Tensor | None = None) -> Bool[Tensor, "q k"]:
         """The edges a causal model has: keys not after the query, no padding."""

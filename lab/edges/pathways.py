@@ -3,7 +3,10 @@
 A pathway is written `keys->queries`, in the direction information flows: "video->question" cuts every edge by which a
 question position reads a video position. "cross-frame" cuts, for each frame, the edges to all earlier frames.
 Segments: any role or group of `lab.spans`; with a number ("frame:3", "option:1"); "true-option", "false-options";
-"all"; and unions with "+" ("question+option").
+"response" (the answer's own tokens, where a sweep measures a text); "all"; and unions with "+" ("question+option").
+
+Pathways of one's own: `keys->queries where PREDICATE` (see `lab.edges.predicates`), several with ";" between them, which
+are cut together, and a name before " = ":  "near = video->video where frame(q) - frame(k) == 1; video->last".
 """
 
 from __future__ import annotations
@@ -13,22 +16,39 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lab.carriers import TokenMap, VideoQA
+from lab.edges.pathnames import CROSS_FRAME, NOTHING, listed, name_of, parts_of
+from lab.edges.pathrows import path_rows
 from lab.edges.segments import segment
-from lab.errors import UsageError
-from lab.spans import ROLES
 
-CROSS_FRAME = "cross-frame"
-NOTHING = "none"  # cuts no edge: the null test
+__all__ = [
+    "CROSS_FRAME", "NOTHING", "PANEL", "PATHWAYS", "PORTABLE", "cut_mask", "listed", "name_of", "parts_of", "segment",
+    "usual_pathways",
+]  # fmt: skip
+
 # The paper's curves; its "question" is the stem together with the options.
 PATHWAYS = (CROSS_FRAME, "video->question+option", "video->last", "question+option->last", "last->last")
 # Where nobody told us which text is the question.
 PORTABLE = (CROSS_FRAME, "video->text", "video->last", "text->last", "last->last")
+# The four analyses of the paper with their eleven curves (notes A4).
+PANEL: dict[str, tuple[str, ...]] = {
+    "across frames": (CROSS_FRAME,),
+    "into question and last": (
+        "video->question+option",
+        "video->last",
+        "question+option->last",
+        "last->last",
+    ),
+    "into last": ("question->last", "true-option->last", "false-options->last"),
+    "into the true option": ("video->question", "question->true-option", "video->true-option"),
+}
 
 
 def usual_pathways(tokens: TokenMap) -> tuple[str, ...]:
     """The paper's five curves for this prompt; "text" in place of the question where its place is not known."""
     known = len(tokens.where(role=["question", "option"])) > 0
     chosen = PATHWAYS if known else PORTABLE
+    if len(tokens.where(role="generated")):
+        chosen += ("video->response", f"{'question+option' if known else 'text'}->response")
     return tuple(p for p in chosen if p != CROSS_FRAME or tokens.n_frames > 1)
 
 
@@ -37,26 +57,4 @@ def cut_mask(tokens: TokenMap, pathway: str, item: VideoQA | None = None) -> Boo
 
     Raises UsageError for a pathway that cannot be read, or whose segments have no token in this prompt.
     """
-    n = len(tokens)
-    causal = torch.ones(n, n, dtype=torch.bool).tril()
-    if pathway == NOTHING:
-        return torch.zeros_like(causal)
-    if pathway == CROSS_FRAME:
-        return causal & _cross_frame(tokens)
-    keys, arrow, queries = pathway.replace("→", "->").partition("->")
-    if not arrow:
-        raise UsageError(
-            f"pathway {pathway!r} is not 'keys->queries' (such as 'video->last') nor {CROSS_FRAME!r}"
-        )
-    cut = torch.zeros_like(causal)
-    k, q = segment(tokens, keys.strip(), item), segment(tokens, queries.strip(), item)
-    cut[q[:, None], k[None, :]] = True
-    return cut & causal
-
-
-def _cross_frame(tokens: TokenMap) -> Bool[Tensor, "q k"]:
-    frames = tokens.frame.masked_fill(tokens.role != ROLES.index("frame"), -1)
-    if tokens.n_frames < 2:
-        raise UsageError(f"{CROSS_FRAME} needs at least 2 frames, this prompt has {tokens.n_frames}")
-    both = (frames[:, None] >= 0) & (frames[None, :] >= 0)
-    return both & (frames[:, None] > frames[None, :])
+    return path_rows(tokens, pathway, item).rows(torch.arange(len(tokens)))[0]

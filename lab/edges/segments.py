@@ -26,7 +26,8 @@ ALL = ("*", "all")
 PLACES = ("before-video", "video-span", "after-video")
 TRUTH = ("true-option", "false-options")
 NUMBERED = ("frame", "option")
-STRICT = tuple(dict.fromkeys((*ROLES, *GROUPS, *PLACES, *TRUTH, *ALL)))
+RESPONSE = "response"
+STRICT = tuple(dict.fromkeys((*ROLES, *GROUPS, *PLACES, *TRUTH, RESPONSE, *ALL)))
 PAPER_ROLES = {
     "video": ("frame",), "frame": ("frame",), "separator": ("separator",), "question": ("question", "option"),
     "stem": ("question",), "option": ("option",), "last": ("last",), "generated": ("generated",),
@@ -61,8 +62,9 @@ def _check_part(part: str, segments: Segmentation) -> None:
 
 
 def names(name: str) -> tuple[str, ...]:
-    """The parts of a union."""
-    return tuple(p.strip() for p in name.split("+"))
+    """The parts of a union; "response" is another word for "generated"."""
+    parts = (p.strip() for p in name.split("+"))
+    return tuple("generated" if p == RESPONSE else p for p in parts)
 
 
 def members(
@@ -135,6 +137,14 @@ def places(tokens: TokenMap) -> dict[str, Bool[Tensor, " pos"]]:
         "video-span": text & (at >= first) & (at <= last),
         "after-video": text & (at > last),
     }
+
+
+def columns_of(tokens: TokenMap) -> dict[str, Tensor]:
+    """What predicates may ask of a position, float [pos]; nan where unknown. pos counts from the first real token."""
+    raw = {"frame": frames_of(tokens), "row": tokens.row, "col": tokens.col}
+    known = {name: torch.where(c < 0, torch.nan, c.double()) for name, c in raw.items()}
+    first = int((tokens.role != _PAD).long().argmax())
+    return {**known, "pos": torch.arange(len(tokens)).double() - first}
 
 
 def frames_of(tokens: TokenMap) -> Int[Tensor, " pos"]:

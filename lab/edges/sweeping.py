@@ -3,41 +3,51 @@
 1 run the prompt clean; note p of the token it would answer   2 for every pathway and centre layer, cut the pathway's
 edges in the window round that layer, in all heads, and run again   3 the change of p, in percent, is the curve.
 "fast" computes step 2 from one stored clean run (`lab.edges.fast`), "reference" with one full forward per point.
+What is cut at a point: `lab.edges.grid`; what is measured: `lab.edges.metrics`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lab.carriers import TokenMap, VideoQA
+from lab.edges.asked import Executor, Sweep, chosen_metrics
 from lab.edges.closure import Cuts
 from lab.edges.dense import run_dense
 from lab.edges.fast import ROWS, run_cut
-from lab.edges.pathways import cut_mask, usual_pathways
+from lab.edges.grid import FramePairs, Grid, Heads, grid_of
+from lab.edges.metrics import OF_OPTIONS, OF_TARGET, UNITS, Gauge, Metric
+from lab.edges.pathways import listed, name_of, usual_pathways
+from lab.edges.reuse import Videos
+from lab.edges.rows import Row, Todo, result_of, with_response_map
 from lab.edges.store import Store
-from lab.errors import LabWarning, RunError, UsageError
-from lab.model.answering import letter_ids
+from lab.edges.targets import Target, Targets, given_targets, letters_of, target_of
+from lab.edges.windows import WINDOW, Style, layers_of
+from lab.errors import RunError, UsageError
+from lab.model.continuing import with_response
 from lab.model.ready import Ready
 from lab.recipe import Recipe
 from lab.recipe import Recipe as Owner  # not listed among the recipes that can be run
 from lab.result import Result
 from lab.runs import Cancel, Ledger, Run, progress
 
-WINDOW = 9
-UNIT = "% change in probability"
-Metric = Literal["argmax", "answer"]
-Style = Literal["center", "shift", "inverse", "top_down", "bottom_up"]
-Executor = Literal["fast", "reference"]
+__all__ = [
+    "UNIT", "WINDOW", "Executor", "Metric", "Style", "Sweep", "SweepJournal", "as_ready", "layers_of", "map_of", "run_sweep",
+    "sweep",
+]  # fmt: skip
+
+UNIT = UNITS["argmax"]
+
+Pathways = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+TOGETHER = 1 << 29  # bytes of logits and masks that are held at a time, about
 
 
 class SweepJournal(Owner):
@@ -46,10 +56,7 @@ class SweepJournal(Owner):
     model: str
     dtype: str
     items: tuple[str, ...]
-    pathways: tuple[str, ...]
-    window: int
-    style: Style
-    metric: Metric
+    what: str
 
     def run(self, *, progress: bool = True) -> list[Result]:
         """Raises UsageError: the items are only known by their fingerprints."""
@@ -58,81 +65,51 @@ class SweepJournal(Owner):
         )
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What is cut and measured.
-
-    pathways  "cross-frame", or "keys->queries" for any pair of segments (see `lab.edges.pathways`)
-    window    number of layers
-    style     "center": round the layer, clipped at the ends (the paper's rule: end points cut fewer layers); "shift":
-              moved inside instead; "inverse": all layers but the centred window; "top_down": from the layer on;
-              "bottom_up": up to the layer
-    metric    "argmax": p of the token the clean run answers (the paper's); "answer": p of the right option's letter
-    executor  "fast" or "reference": the same numbers up to rounding
-    n_rows    about how many rows the fast executor runs together; halved when memory runs out
-    """
-
-    pathways: tuple[str, ...]
-    window: int = WINDOW
-    style: Style = "center"
-    metric: Metric = "argmax"
-    executor: Executor = "fast"
-    n_rows: int = ROWS
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise UsageError(f"window must be at least 1 layer, got {self.window}")
-        for name, allowed in (("style", Style), ("metric", Metric), ("executor", Executor)):
-            if getattr(self, name) not in get_args(allowed):
-                raise UsageError(f"{name}={getattr(self, name)!r}; use one of {', '.join(get_args(allowed))}")
-
-    def layers(self, centre: int, n_layers: int) -> list[int]:
-        """Layers (0-based) cut for the point `centre`."""
-        inside = layers_of(centre, self.window, n_layers)
-        match self.style:
-            case "center":
-                return list(inside)
-            case "shift":
-                first = max(0, min(inside.start, n_layers - self.window))
-                return list(range(first, min(n_layers, first + self.window)))
-            case "inverse":
-                return [i for i in range(n_layers) if i not in inside]
-            case "top_down":
-                return list(range(centre, n_layers))
-            case "bottom_up":
-                return list(range(centre + 1))
-
-
-def layers_of(centre: int, window: int, n_layers: int) -> range:
-    """Layers (0-based) of the window round `centre`, clipped at the ends (the paper's rule, A2)."""
-    return range(max(0, centre - window // 2), min(n_layers, centre + (window + 1) // 2))
-
-
 def sweep(
-    model: Any, items: Any, pathways: Sequence[str] | None = None, *, window: int = WINDOW, style: Style = "center",
-    metric: Metric = "argmax", n_frames: int = 8, out: str | Path | None = None, cancel: Cancel | None = None,
-    executor: Executor = "fast", n_rows: int = ROWS, show_progress: bool = True,
+    model: Any, items: Any, pathways: Pathways | None = None, *, window: int = WINDOW, style: Style = "center",
+    metric: Metric | None = None, metrics: Sequence[Metric] | None = None, target: Targets = None, per_token: bool = False,
+    heads: Heads = None, frame_pairs: FramePairs = None, n_frames: int = 8, out: str | Path | None = None,
+    cancel: Cancel | None = None, executor: Executor = "fast", n_rows: int = ROWS, show_progress: bool = True,
 ) -> Result:  # fmt: skip
     """Sweep cut layers over the model, for every pathway and item.
 
-    items     one or several VideoQA or Ready (one world each)
-    pathways  None: the paper's five curves, as far as the first item's prompt has them
+    items     one or several VideoQA or Ready (one world each); several about one video share what they can
+    pathways  texts, or name -> text or texts cut together; None: the paper's five curves, as far as the first item's
+              prompt has them, and those into the response where a text is measured
+    metric    one of `lab.edges.metrics`; "argmax" by default, "target" where a target is given. metrics: several
+    target    an answer's text, or one for each item, teacher-forced: its tokens follow the prompt as role "response".
+              Only "...->response" cuts the rows of these tokens; "video->last+response" cuts as generation would
     out       folder for a journal: an interrupted sweep goes on where it stopped
     the rest  see `Sweep`
 
-    Returns a Result with axes (item, pathway, layer); layers 1-based. `notes` holds each item's clean probability and
-    the ledger: forward-equivalents computed, what one full forward per point would have cost, tower calls; of an
-    interrupted sweep, for all its pieces together, those read from the journal included.
+    Returns a Result with axes (item, pathway, layer); layers 1-based. Before them "metric" if several are asked, and
+    after "pathway" what is asked besides: "head", "key_frame" and "query_frame" (0-based), "first" and "last" in place
+    of "layer" for a triangle, "token" of the target. Points that do not exist (a last layer before the first one) are
+    nan. `notes` holds each item's clean probability, whether its clean answer is right (see `Result.split`), its video
+    (intervals of means resample videos) and the ledger: forward-equivalents computed, what one full forward per point
+    would have cost, tower calls; of an interrupted sweep, for all its pieces together, those read from the journal
+    included.
     Raises UsageError for unknown pathways or segments; warns (LabWarning) when a pathway changed nothing at all.
     """
     ready = as_ready(model, items, pathways, n_frames)
-    names = usual_pathways(map_of(ready[0])) if pathways is None else tuple(pathways)
-    what = Sweep(names, window, style, metric, executor, n_rows)
+    chosen = chosen_metrics(metric, metrics, target)
+    texts = given_targets(target, len(ready))
+    if pathways is None:
+        follows = _target(model, ready[0].item, texts[0], chosen)
+        names = usual_pathways(
+            map_of(ready[0]) if follows is None else with_response_map(map_of(ready[0]), follows)
+        )
+    else:
+        names = listed(pathways)
+    what = Sweep(names, window, style, chosen, executor, n_rows, heads, frame_pairs, tuple(texts), per_token)
     recipe = None if out is None else _recipe(model, ready, what)
-    return run_sweep(model, [r.item for r in ready], ready, what, journal=recipe, out=out, cancel=cancel, show=show_progress)  # fmt: skip
+    return run_sweep(
+        model, [r.item for r in ready], ready, what, journal=recipe, out=out, cancel=cancel, show=show_progress,
+        passing=_passing(items, ready),
+    )  # fmt: skip
 
 
-def as_ready(model: Any, items: Any, pathways: Sequence[str] | None, n_frames: int) -> list[Ready]:
+def as_ready(model: Any, items: Any, pathways: Any, n_frames: int) -> list[Ready]:
     """The items prepared. Raises UsageError if there is nothing to do."""
     given = list(items) if isinstance(items, list | tuple) else [items]
     if not given or (pathways is not None and not pathways):
@@ -140,6 +117,12 @@ def as_ready(model: Any, items: Any, pathways: Sequence[str] | None, n_frames: i
             f"nothing to do: {len(given)} items, {0 if pathways is None else len(pathways)} pathways"
         )
     return [i if isinstance(i, Ready) else model.prepare(i, n_frames) for i in given]
+
+
+def _passing(items: Any, ready: Sequence[Ready]) -> list[bool]:
+    """Which prompts were prepared here, and were not handed in."""
+    given = list(items) if isinstance(items, list | tuple) else [items]
+    return [r is not i for r, i in zip(ready, given, strict=True)]
 
 
 def map_of(ready: Ready) -> TokenMap:
@@ -154,43 +137,29 @@ def map_of(ready: Ready) -> TokenMap:
 def run_sweep(
     model: Any, items: Sequence[VideoQA | None], ready: Sequence[Ready], what: Sweep, *, recipe: Recipe | None = None,
     journal: Recipe | None = None, out: Any = None, cancel: Cancel | None = None, show: bool = True,
+    passing: Sequence[bool] | None = None,
 ) -> Result:  # fmt: skip
-    """The sweep over prepared items. recipe: what made it, kept in the Result; journal: whom the folder `out` belongs to."""
+    """The sweep over prepared items. recipe: what made it, kept in the Result; journal: whom the folder `out` belongs to.
+
+    passing   which prompts were prepared for this sweep alone (see `lab.edges.reuse`)
+    """
     if model.pruning.chosen(None) is not None:
         raise UsageError("a sweep cuts the model as it is, and `model.pruned` is open: sweep outside of it")
-    keys = _keys(items)
-    for item, r in zip(items, ready, strict=True):
-        _check(model, r, item, what)  # before hours of work
-    n_layers = model.cfg.n_layers
+    maps = [map_of(r) for r in ready]
+    grid = grid_of(model, maps, what.style, what.window, what.heads, what.frame_pairs)
+    texts = given_targets(what.target, len(ready))
+    todo = [Todo(k, r, i, _checked(model, r, i, t, what, grid)) for k, r, i, t in zip(_keys(items), ready, items, texts, strict=True)]  # fmt: skip
+    videos = Videos(model, ready, passing)
     with nullcontext() if out is None else Run(out, _named(journal), cancel=cancel) as run:
         # the fast executor cuts all pathways of an item together, so an item is one piece; else every curve is one
         groups = [what.pathways] if what.executor == "fast" else [(p,) for p in what.pathways]
-        pieces = [(k, r, i, g) for k, r, i in zip(keys, ready, items, strict=True) for g in groups]
-        rows = list(_rows(model, progress(pieces, desc="knock-out", show=show, cancel=cancel), what, run))
-    p = np.array([row.p for row in rows]).reshape(len(keys), len(what.pathways), n_layers)
-    first = {row.key: row for row in reversed(rows)}
-    clean = np.array([first[k].clean for k in keys])[:, None, None]
-    _warn_if_dead(p, clean, what, float(torch.finfo(model.dtype).eps))
-    spent = sum((row.spent for row in rows), Ledger())
-    return Result(
-        values=_change(p, clean), axes=("item", "pathway", "layer"),
-        coords={"item": keys, "pathway": list(what.pathways), "layer": list(range(1, n_layers + 1))},
-        unit=UNIT, recipe=recipe.plain() if recipe else {}, name="attention knock-out", baseline=0.0,
-        notes=_notes(model, first, what, spent),
-    )  # fmt: skip
-
-
-def _change(p: Any, clean: Any) -> Any:
-    """Change in percent; nan, with a LabWarning, where the clean run gives the token no probability at all."""
-    lost = int((clean == 0).sum())
-    if lost:
-        warnings.warn(
-            f"{lost} of {clean.size} items give the measured token probability 0 in the clean run: no change can be "
-            "given in percent (nan); use metric='argmax'",
-            LabWarning,
-            stacklevel=4,
+        pieces = [(n, todo[n], g) for n in videos.order for g in groups]
+        rows = list(
+            _rows(
+                model, progress(pieces, desc="knock-out", show=show, cancel=cancel), what, grid, videos, run
+            )
         )
-    return (p - clean) * 100.0 / np.where(clean == 0, np.nan, clean)
+    return result_of(model, todo, rows, what, grid, recipe)
 
 
 # ---- one item -------------------------------------------------------------------------------------------------------
@@ -199,7 +168,7 @@ def _change(p: Any, clean: Any) -> Any:
 class Engine(Protocol):
     """Evaluates cuts of one prompt."""
 
-    clean: Tensor  # [d_vocab]
+    clean: Tensor  # [read, d_vocab]
 
     @property
     def ledger(self) -> Ledger: ...
@@ -217,9 +186,10 @@ class _Reference:
 
     reason = ""
 
-    def __init__(self, model: Any, ready: Ready, what: Sweep) -> None:
+    def __init__(self, model: Any, ready: Ready, read: Sequence[int]) -> None:
         self.model, self.ready = model, ready
-        self.clean = run_dense(model, ready, {})[0, -1]
+        self.read = () if list(read) == [ready.n_pos - 1] else (list(read),)
+        self.clean = run_dense(model, ready, {}, *self.read)[0]
         self.n = 1
 
     @property
@@ -231,7 +201,7 @@ class _Reference:
             self.n += 1
             # a cut that removes nothing takes the clean path: the same number on every device
             nothing = not any(bool(cut.any()) for cut in c.values())
-            yield self.clean if nothing else run_dense(self.model, self.ready, c)[0, -1]
+            yield self.clean if nothing else run_dense(self.model, self.ready, c, *self.read)[0]
 
     def close(self) -> None:
         pass
@@ -240,22 +210,22 @@ class _Reference:
 class _Fast:
     """All sets of cuts together, from one stored clean run."""
 
-    def __init__(self, model: Any, ready: Ready, what: Sweep) -> None:
-        self.model, self.n_rows = model, what.n_rows
-        self.store: Store | None = Store.of(model, ready)
-        self.clean = self.store.clean(model)[-1]
-        self.reason = self.store.reason
-        self._ledger = self.store.ledger
+    def __init__(self, model: Any, store: Store, read: Sequence[int], n_rows: int, before: Ledger) -> None:
+        self.model, self.n_rows, self.read, self.before = model, n_rows, list(read), before
+        self.store: Store | None = store
+        self.clean = store.clean(model, self.read)
+        self.reason = store.reason
+        self._ledger = store.ledger
 
     @property
     def ledger(self) -> Ledger:
-        return self._ledger if self.store is None else self.store.ledger
+        return self.before + (self._ledger if self.store is None else self.store.ledger)
 
     def logits(self, cuts: Sequence[Cuts]) -> Iterator[Tensor]:
         assert self.store is not None
         while True:
             try:
-                yield from run_cut(self.model, self.store, cuts, n_rows=self.n_rows)[:, -1]
+                yield from run_cut(self.model, self.store, cuts, read=self.read, n_rows=self.n_rows)
                 return
             except RuntimeError as e:
                 self._smaller(e)
@@ -272,63 +242,39 @@ class _Fast:
         self.n_rows //= 2
 
     def close(self) -> None:
-        self._ledger, self.store = self.ledger, None  # keys, values and streams of an item are large
+        # keys, values and streams of an item are large
+        self._ledger, self.store = self.ledger, None
+        self.before = Ledger()
 
 
 @dataclass
 class _Case:
-    """One item being cut: its engine, what is measured, and its clean probability."""
+    """One item being cut: its engine, and what is read from its logits."""
 
-    key: str
-    ready: Ready
-    item: VideoQA | None
+    todo: Todo
     engine: Engine
-    token: int
-    clean: float
-
-    def p(self, logits: Tensor) -> float:
-        return float(logits.float().softmax(-1)[self.token])
+    gauge: Gauge
 
 
-@dataclass(frozen=True)
-class _Row:
-    """What is known of one piece of work: an item's curves, or one of them. All that a journal needs to go on."""
-
-    key: str
-    clean: float
-    token: int
-    reason: str
-    p: list[list[float]]
-    spent: Ledger
-
-    @classmethod
-    def read(cls, key: str, found: Any) -> _Row:
-        kept = {n: found[n] for n in ("clean", "token", "reason", "p")}
-        return cls(key, **kept, spent=Ledger(**found["spent"]))
-
-    def plain(self) -> dict[str, Any]:
-        kept = {n: getattr(self, n) for n in ("clean", "token", "reason", "p")}
-        return {**kept, "spent": self.spent.plain()}
-
-
-def _rows(model: Any, pieces: Any, what: Sweep, run: Run | None) -> Iterator[_Row]:
-    """p at every layer for one piece after another; from the journal where it is there, and then nothing is run."""
+def _rows(model: Any, pieces: Any, what: Sweep, grid: Grid, videos: Videos, run: Run | None) -> Iterator[Row]:
+    """The levels at every point for one piece after another; from the journal where they are, and then nothing is run."""
     case: _Case | None = None
-    for key, ready, item, pathways in pieces:
-        name = key if what.executor == "fast" else f"{key}|{pathways[0]}"
+    for n, todo, pathways in pieces:
+        name = todo.key if what.executor == "fast" else f"{todo.key}|{name_of(pathways[0])}"
         if run is not None and run.done(name):
-            yield _Row.read(key, run.results()[name])
+            yield Row.read(todo.key, run.results()[name])
             continue
         calls, before = model.tower_calls, Ledger()
-        if case is not None and case.key == key:
+        if case is not None and case.todo is todo:
             before = case.engine.ledger
         else:
             if case is not None:
                 case.engine.close()
-            case = _case(model, key, ready, item, what)
-        p = _curves(model, case, pathways, what)
+            videos.look(n)
+            case = _case(model, n, todo, what, videos)
+        levels = _levels(case, pathways, grid)
         spent = _minus(case.engine.ledger, before) + Ledger(tower_calls=model.tower_calls - calls)
-        row = _Row(key, case.clean, case.token, case.engine.reason, p, spent)
+        row = _row(case, levels, what, spent)
         if run is not None:
             run.record(name, row.plain(), spent)
         yield row
@@ -340,73 +286,125 @@ def _minus(a: Ledger, b: Ledger) -> Ledger:
     return Ledger(a.forwards - b.forwards, a.naive - b.naive)
 
 
-def _case(model: Any, key: str, ready: Ready, item: VideoQA | None, what: Sweep) -> _Case:
-    engine: Engine = (_Fast if what.executor == "fast" else _Reference)(model, ready, what)
-    token = int(engine.clean.argmax()) if what.metric == "argmax" else _answer_token(model, item)
-    case = _Case(key, ready, item, engine, token, 0.0)
-    case.clean = case.p(engine.clean)
-    return case
+def _case(model: Any, n: int, todo: Todo, what: Sweep, videos: Videos) -> _Case:
+    prompt, target = todo.ready, todo.target
+    if target is not None and target.follows:
+        prompt = with_response(model, prompt, target.ids, target.pieces)
+    engine: Engine
+    if what.executor == "fast":
+        store = videos.store(n, prompt)
+        engine = _Fast(model, store, todo.read, what.n_rows, videos.charged(store))
+    else:
+        engine = _Reference(model, prompt, todo.read)
+    ids = target.ids if target is not None else ()
+    gauge = Gauge(what.metrics, ids, _letters(model, todo.item, what), engine.clean, what.per_token)
+    return _Case(todo, engine, gauge)
 
 
-def _curves(model: Any, case: _Case, pathways: Sequence[str], what: Sweep) -> list[list[float]]:
-    n = model.cfg.n_layers
-    cuts: list[Cuts] = []
-    for pathway in pathways:
-        cut = cut_mask(map_of(case.ready), pathway, case.item)
-        for centre in range(n):
-            cuts.append({i: cut for i in what.layers(centre, n) if model.parts[i].attn is not None})
-    p = [case.p(logits) for logits in case.engine.logits(cuts)]
-    return [p[i * n : (i + 1) * n] for i in range(len(pathways))]
+def _letters(model: Any, item: VideoQA | None, what: Sweep) -> tuple[int, ...]:
+    """Tokens of the options' letters; empty where the tokenizer has none and nothing asked needs them."""
+    if model.tokenizer is None:
+        return ()
+    try:
+        return letters_of(model, item)
+    except UsageError:
+        if any(m in OF_OPTIONS for m in what.metrics):
+            raise
+        return ()
 
 
-# ---- checks and notes -----------------------------------------------------------------------------------------------
+def _levels(case: _Case, pathways: Sequence[str], grid: Grid) -> list[Any]:
+    """[metric][pathway][point]; None where a point does not exist."""
+    todo, gauge = case.todo, case.gauge
+    table: list[list[Any]] = [[None] * (grid.size * len(pathways)) for _ in gauge.metrics]
+    points = (
+        (i * grid.size + at, cuts)
+        for i, pathway in enumerate(pathways)
+        for at, cuts in grid.points(todo.tokens, pathway, todo.item)
+    )
+    for batch in _batches(points, gauge.clean.numel() * gauge.clean.element_size()):
+        for (at, _), logits in zip(batch, case.engine.logits([cuts for _, cuts in batch]), strict=True):
+            for row, level in zip(table, gauge.levels(logits), strict=True):
+                row[at] = level
+    return [[row[i * grid.size : (i + 1) * grid.size] for i in range(len(pathways))] for row in table]
 
 
-def _check(model: Any, ready: Ready, item: VideoQA | None, what: Sweep) -> None:
+def _batches(points: Iterator[tuple[int, Cuts]], size: int) -> Iterator[list[tuple[int, Cuts]]]:
+    """Points that are evaluated together: as many as their logits (`size` bytes each) and masks leave room for."""
+    batch: list[tuple[int, Cuts]] = []
+    held, masks = 0, set[int]()
+    for point in points:
+        held += size
+        for cut in point[1].values():
+            held += 0 if id(cut) in masks or not isinstance(cut, Tensor) else cut.numel()
+            masks.add(id(cut))
+        batch.append(point)
+        if held > TOGETHER:
+            yield batch
+            batch, held, masks = [], 0, set()
+    if batch:
+        yield batch
+
+
+def _row(case: _Case, levels: list[Any], what: Sweep, spent: Ledger) -> Row:
+    gauge, todo, clean = case.gauge, case.todo, case.engine.clean
+    followed = todo.target if what.metrics[0] in OF_TARGET else None
+    metric: Metric = "argmax" if followed is None else "target"
+    p = Gauge((metric,), gauge.ids, gauge.letters, clean).levels(clean)[0]
+    token = gauge.argmax if followed is None else followed.ids[0]
+    return Row(
+        todo.key, p, token, _correct(todo, gauge), case.engine.reason, gauge.levels(clean), levels, spent
+    )
+
+
+def _correct(todo: Todo, gauge: Gauge) -> bool | None:
+    """Whether the clean run gives the right answer; None where that is not known."""
+    item = todo.item
+    if item is not None and gauge.letters and isinstance(item.answer, int):
+        return gauge.choice == item.answer
+    right = item is not None and todo.target is not None and todo.target.text == item.answer
+    return gauge.foretold if right else None
+
+
+# ---- checks and names -----------------------------------------------------------------------------------------------
+
+
+def _checked(
+    model: Any, ready: Ready, item: VideoQA | None, text: str | None, what: Sweep, grid: Grid
+) -> Target | None:
+    """The item's target. Raises UsageError for what cannot be cut or measured: before hours of work."""
+    target = _target(model, item, text, what.metrics)
+    tokens = with_response_map(map_of(ready), target)
     for pathway in what.pathways:
-        cut_mask(map_of(ready), pathway, item)
-    if what.metric == "answer":
-        _answer_token(model, item)
-
-
-def _answer_token(model: Any, item: VideoQA | None) -> int:
-    if item is None or not item.options or not isinstance(item.answer, int):
+        grid.check(tokens, pathway, item)
+    if what.follows_target and target is None:
+        asked = [m for m in what.metrics if m in OF_TARGET]
         raise UsageError(
-            "metric='answer' needs items with options and the index of the right one; use metric='argmax'"
+            f"metric={asked[0]!r} needs items with options and the index of the right one, or an open question with its "
+            "answer, or target=; use metric='argmax'"
         )
-    return letter_ids(model.need_tokenizer(), len(item.options))[item.answer]
+    if any(m in OF_OPTIONS for m in what.metrics) and (item is None or len(item.options) < 2):
+        raise UsageError(
+            f"metrics {', '.join(m for m in what.metrics if m in OF_OPTIONS)} need items with at least 2 options, "
+            f"this one has {0 if item is None else len(item.options)}; use metric='argmax'"
+        )
+    if any(m in OF_OPTIONS for m in what.metrics):
+        letters_of(model, item)
+    return target
+
+
+def _target(model: Any, item: VideoQA | None, text: str | None, metrics: Sequence[str]) -> Target | None:
+    """What follows the prompt or is read at its end. "answer" is the right answer, whatever the target."""
+    if not any(m in OF_TARGET for m in metrics):
+        return None
+    if text is not None and "answer" in metrics:
+        raise UsageError("'answer' measures the right answer, and target= another text; use 'target'")
+    return target_of(model, item, text)
 
 
 def _keys(items: Sequence[VideoQA | None]) -> list[str]:
     names = [(i.id if i is not None else "") or f"item:{n}" for n, i in enumerate(items, 1)]
     return [name if names.count(name) == 1 else f"{name}#{n}" for n, name in enumerate(names, 1)]
-
-
-def _notes(model: Any, rows: Mapping[str, _Row], what: Sweep, spent: Ledger) -> dict[str, Any]:
-    reasons = sorted({r.reason for r in rows.values()} - {""})
-    return {
-        "window": what.window, "style": what.style, "metric": what.metric, "ledger": spent.plain(),
-        "executor": what.executor, "fallbacks": reasons,
-        "p_clean": {k: r.clean for k, r in rows.items()},
-        "token": {
-            k: model.tokenizer.decode([r.token]) if model.tokenizer is not None else str(r.token)
-            for k, r in rows.items()
-        },
-        "no_edges": [p.index + 1 for p in model.parts if p.attn is None],
-    }  # fmt: skip
-
-
-def _warn_if_dead(p: Any, clean: Any, what: Sweep, eps: float) -> None:
-    """An intervention that changes nothing at all is more often a mistake than a finding.
-
-    Rows run again in other company differ from the clean run by rounding: that is nothing too.
-    """
-    slack = 0.0 if what.executor == "reference" else 64 * eps
-    for i, pathway in enumerate(what.pathways):
-        if pathway != "none" and bool((abs(p[:, i] - clean[:, 0]) <= slack * clean[:, 0]).all()):
-            warnings.warn(
-                f"cutting {pathway!r} changed nothing in any window of any item", LabWarning, stacklevel=4
-            )
 
 
 def _named(recipe: Recipe | None) -> Recipe:
@@ -418,10 +416,13 @@ def _named(recipe: Recipe | None) -> Recipe:
 
 
 def _recipe(model: Any, ready: Sequence[Ready], what: Sweep) -> SweepJournal:
+    asked = (what.pathways, what.window, what.style, what.metrics, what.heads, what.frame_pairs, what.target, what.per_token)  # fmt: skip
     return SweepJournal(
-        model=model.cfg.model_name, dtype=str(model.dtype), items=tuple(_fingerprint(r) for r in ready),
-        pathways=what.pathways, window=what.window, style=what.style, metric=what.metric,
-    )  # fmt: skip
+        model=model.cfg.model_name,
+        dtype=str(model.dtype),
+        items=tuple(_fingerprint(r) for r in ready),
+        what=repr(asked),
+    )
 
 
 def _fingerprint(ready: Ready) -> str:
@@ -434,4 +435,7 @@ def _fingerprint(ready: Ready) -> str:
             seen.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
             seen.update(repr(value).encode())
+    item = ready.item
+    if item is not None:  # what the answer is measured against
+        seen.update(repr((item.id, item.options, item.answer)).encode())
     return seen.hexdigest()[:16]

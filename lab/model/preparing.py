@@ -33,7 +33,7 @@ def prepare(
     tokenizer = model.need_tokenizer()
     if n_frames is None and fps is None and index is None:
         n_frames = N_FRAMES
-    frames = read_video(item.video, n_frames=n_frames, fps=fps, index=index)
+    frames = read_video(item.video, n_frames=n_frames, fps=fps, index=index, clip=item.clip)
     if plan.sampler is not None:
         frames = plan.sampler(frames, item.question)
     family, config = model.family, model.hf.config

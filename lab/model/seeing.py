@@ -29,9 +29,14 @@ def see(model: Any, ready: Ready) -> Door:
     if not keep:
         return door
     # transformers may have placed its capturing hooks in this very call: the key is the state after it
+    hand_over(model, ready, door)
+    return _copied(door)
+
+
+def hand_over(model: Any, ready: Ready, door: Door) -> None:
+    """Keep a door as what `see` will give for `ready`: the caller knows that it is this prompt's."""
     # the inputs are held, so that no other tensor can come to lie where they lay
     ready.memo.update(key=_version(model, ready), door=door, inputs=tuple(ready.inputs.values()))
-    return _copied(door)
 
 
 def _front(model: Any) -> Front:

@@ -42,7 +42,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 def to_matplotlib(spec: FigureSpec) -> Figure:
     """The figure as matplotlib draws it, on a canvas of its own (pyplot is not touched)."""
-    with _style():
+    with styled():
         draw, size = _PLAN[spec.kind]
         fig = Figure(figsize=size(spec), layout="constrained")
         FigureCanvasAgg(fig)
@@ -62,7 +62,7 @@ def image_bytes(spec: FigureSpec, suffix: str, *, dpi: int = 150) -> bytes:
             f"no picture format {suffix or '(no suffix)'!r}; the formats are {', '.join(SUFFIXES)}"
         )
     fig, out = to_matplotlib(spec), io.BytesIO()
-    with _style():
+    with styled():
         fig.savefig(out, format=suffix[1:], dpi=dpi, metadata=_metadata(spec, suffix))
     return out.getvalue()
 
@@ -82,7 +82,8 @@ def _metadata(spec: FigureSpec, suffix: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def styled() -> Iterator[None]:
+    """The house style, whatever style the user has set."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's own style must not change the bytes
         matplotlib.rcParams.update(STYLE)
@@ -90,6 +91,15 @@ def _style() -> Iterator[None]:
 
 
 def _lines(ax: Axes, spec: FigureSpec) -> None:
+    curves(ax, spec)
+    if len(spec.series) > 1:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+    ax.set_xticks(*spec.x_ticks())
+    ax.set(xlabel=spec.x_label, ylabel=spec.y_label)
+
+
+def curves(ax: Axes, spec: FigureSpec, *, size: float | None = None) -> None:
+    """The curves of a line figure with their bands, reference and limits. size: of markers, in points."""
     x, values = np.array(spec.x_numbers()), spec.masked()
     if spec.reference is not None:
         ax.axhline(spec.reference, color="#888888", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
@@ -105,14 +115,10 @@ def _lines(ax: Axes, spec: FigureSpec) -> None:
             color=s.colour,
             marker=s.marker,
             linestyle=s.dash,
-            markersize=4.5 if len(x) <= 40 else 2.5,
-            linewidth=1.6,
+            markersize=size or (4.5 if len(x) <= 40 else 2.5),
+            linewidth=1.6 if size is None else 1.2,
             label=name,
         )
-    if len(spec.series) > 1:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
-    ax.set_xticks(*spec.x_ticks())
-    ax.set(xlabel=spec.x_label, ylabel=spec.y_label)
     if spec.limits is not None:
         ax.set_ylim(spec.limits)
 

@@ -98,6 +98,19 @@ def _lines(fig: Figure, spec: FigureSpec) -> None:
     fig.update_layout(height=430, showlegend=len(spec.series) > 1, legend=legend)
 
 
+def add_curves(fig: Figure, spec: FigureSpec, *, row: int, col: int, group: str, legend: bool) -> None:
+    """The curves of a line figure as one cell of a grid; curves of one `group` and name share their legend entry."""
+    x, values = spec.x_numbers(), spec.masked()
+    for i, name in enumerate(spec.series):
+        entry = f"{group}/{name}"
+        if spec.low is not None and spec.high is not None:
+            fig.add_trace(_band(x, spec.low[i], spec.high[i], i).update(legendgroup=entry), row=row, col=col)
+        curve = _curve(spec, x, values[i], i, name).update(legendgroup=entry, showlegend=legend)
+        fig.add_trace(curve, row=row, col=col)
+    if spec.reference is not None:
+        fig.add_hline(y=spec.reference, line={"color": "#888", "width": 1, "dash": "dot"}, row=row, col=col)  # type: ignore[arg-type]
+
+
 def _x_axis(fig: Figure, spec: FigureSpec) -> None:
     """Ticks and title along the layers (or whatever stands there)."""
     at, words = spec.x_ticks()

@@ -43,6 +43,11 @@ LABELS = {
     "n_frames": "Frames",
     "option": "Option",
     "role": "Role",
+    "key_frame": "Frame that is read",
+    "query_frame": "Frame that reads",
+    "first": "First layer cut",
+    "last": "Last layer cut",
+    "token": "Token of the answer",
 }
 
 
@@ -215,7 +220,7 @@ def _heat(r: Result) -> FigureSpec:
     rows = tuple(text(c) for c in r.coords[y])
     return FigureSpec(
         "heat", "", r.unit, values=r.values, series=rows, x=tuple(r.coords[x]), x_label=label(x),
-        y_label=label(y), y_up=y in ("layer", "window"), reference=r.baseline,
+        y_label=label(y), y_up=y in ("layer", "window", "first"), reference=r.baseline,
     )  # fmt: skip
 
 
@@ -285,10 +290,14 @@ def _pictures(frames: Any, spec: FigureSpec) -> NDArray[np.uint8]:
 
 def _caption(r: Result) -> str:
     counts = r.notes.get("n") or {}
-    parts = [f"Mean over {n} {axis}s" if n > 1 else f"One {axis}" for axis, n in counts.items()]
+    split = {"correct": " answered right", "wrong": " answered wrong"}.get(r.notes.get("split", ""), "")
+    parts = [_counted(axis, n, split if axis == "item" else "") for axis, n in counts.items()]
     if r.low is not None and counts:
+        drawn = _drawn(r, counts)
         parts.append(
-            "band: 95 % bootstrap interval" if len(r.axes) < 3 else "95 % bootstrap interval in the table"
+            f"band: 95 % bootstrap interval{drawn}"
+            if len(r.axes) < 3
+            else f"95 % bootstrap interval in the table{drawn}"
         )
     words = [f"{label(a)}: {text(c)}." for a, c in (r.notes.get("selected") or {}).items()]
     words += [f"{'; '.join(parts)}."] if parts else []
@@ -297,6 +306,20 @@ def _caption(r: Result) -> str:
             f"{r.not_finite} of {np.size(r.values)} values are not finite; they are left out or shown grey."
         )
     return " ".join(words)
+
+
+def _counted(axis: str, n: Any, split: str) -> str:
+    """Over how many a mean is; `n` is a number, or one for each label."""
+    if isinstance(n, dict):
+        return f"Mean over {', '.join(f'{c} ({k})' for k, c in n.items())} {axis}s{split}"
+    return f"Mean over {n} {axis}s{split}" if n > 1 else f"One {axis}{split}"
+
+
+def _drawn(r: Result, counts: dict[str, Any]) -> str:
+    """What an interval's draws were, where several items share a video."""
+    labels = list((r.notes.get("groups") or {}).get("item", {}).values())
+    shared = len(set(labels)) < len(labels)
+    return " (videos resampled)" if "item" in counts and shared else ""
 
 
 def _reading(r: Result, spec: FigureSpec) -> str:
