@@ -23,7 +23,7 @@ from lab.carriers import TokenMap, VideoQA
 from lab.edges.closure import Cuts
 from lab.edges.dense import run_dense
 from lab.edges.fast import ROWS, run_cut
-from lab.edges.pathways import cut_mask, usual_pathways
+from lab.edges.pathways import pathway_cut, usual_pathways
 from lab.edges.store import Store
 from lab.errors import LabWarning, RunError, UsageError
 from lab.model.answering import letter_ids
@@ -352,7 +352,7 @@ def _curves(model: Any, case: _Case, pathways: Sequence[str], what: Sweep) -> li
     n = model.cfg.n_layers
     cuts: list[Cuts] = []
     for pathway in pathways:
-        cut = cut_mask(map_of(case.ready), pathway, case.item)
+        cut = pathway_cut(map_of(case.ready), pathway, case.item)
         for centre in range(n):
             cuts.append({i: cut for i in what.layers(centre, n) if model.parts[i].attn is not None})
     p = [case.p(logits) for logits in case.engine.logits(cuts)]
@@ -364,7 +364,7 @@ def _curves(model: Any, case: _Case, pathways: Sequence[str], what: Sweep) -> li
 
 def _check(model: Any, ready: Ready, item: VideoQA | None, what: Sweep) -> None:
     for pathway in what.pathways:
-        cut_mask(map_of(ready), pathway, item)
+        pathway_cut(map_of(ready), pathway, item)
     if what.metric == "answer":
         _answer_token(model, item)
 
