@@ -154,7 +154,7 @@ def _recorded(model: Any, door: Door, budget: int | None) -> _Kept:
     kv = door.embeds.element_size() * door.embeds.shape[1] * sum(2 * p.n_kv_heads * p.d_head for p in model.parts)
     try:
         return _run_clean(model, door, _Kept(max(0, room - kv), min(room, kv)))
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
     release_memory()
