@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lab.edges import mass as mass_module
+from lab.edges import presets
 from lab.edges.mass import partition, segment_mass
 from lab.edges.policy import Policy
 from lab.edges.segments import members
@@ -173,3 +174,100 @@ def test_what_cannot_be_measured_is_said(wrapped, monkeypatch):
     monkeypatch.setattr(mass_module, "free_bytes", lambda device: 1000)
     with pytest.raises(TooBig, match="1,000 free"):
         segment_mass(model, one, rows=True)
+
+
+# ---- the preset that is made of it ----------------------------------------------------------------------------------------
+
+
+def biggest(mass: Any, k: int, by_head: bool) -> set[tuple[Any, ...]]:
+    """The k segment edges with most mass, ranked by plain Python."""
+    table = mass.mean if by_head else mass.mean.mean(1)
+    cells = [(float(v), at) for at in np.ndindex(*table.shape) if (v := table[at]) > 0]
+    return {at for _, at in sorted(cells, key=lambda c: -c[0])[:k]}
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("k", [0, 7, 40])
+def test_the_preset_keeps_the_k_edges_that_are_read_most(k, by_head, wrapped):
+    model = wrapped("qwen3_vl")
+    ready, heads = model.prepare_inputs(**families.inputs("qwen3_vl", frames=4)), model.cfg.n_heads
+    found = segment_mass(model, ready)
+    policy = presets.attention_mass(found, k, by_head=by_head)
+    top, bound = biggest(found, k, by_head), policy.bind(ready.tokens, 5, heads)
+    of = [members(ready.tokens, n) for n in found.names]
+    exists = bound.exists()
+    for layer in range(5):
+        removed = bound.removed(layer)
+        removed = torch.zeros(1, *exists.shape, dtype=torch.bool) if removed is None else removed
+        for head in range(heads):
+            here = removed[head if len(removed) > 1 else 0]
+            for q, a in enumerate(of):
+                for key, b in enumerate(of):
+                    edges = exists & a[:, None] & b[None, :]
+                    kept = ((layer, head, q, key) if by_head else (layer, q, key)) in top
+                    assert not bool(edges.any()) or bool((here[edges] == (not kept)).all())
+    with torch.no_grad():
+        slow, fast = (model(ready, policy=policy, executor=e) for e in ("reference", "fast"))
+    assert (slow - fast).abs().max() <= 1e-5
+    assert Policy.from_dict(policy.to_dict()) == policy
+
+
+def test_the_preset_by_share_and_its_ends(wrapped):
+    """All the mass: the null policy. A share: as few edges as carry it, no fewer."""
+    model = wrapped("internvl")
+    ready = model.prepare_inputs(**families.inputs("internvl"))
+    found, other = segment_mass(model, ready), segment_mass(model, model.prepare_inputs(**families.inputs("internvl", seed=3)))
+    whole = presets.attention_mass(found, share=1.0)
+    assert whole.is_null and int(whole.name.split("/")[1]) == len(biggest(found, 10**6, False))
+    k = int(presets.attention_mass(found, share=0.6).name.split("/")[1])
+    table = found.mean.mean(1)
+    carried = [sum(float(table[at]) for at in biggest(found, n, False)) / float(table.sum()) for n in (k - 1, k)]
+    assert carried[0] < 0.6 <= carried[1]
+    both = presets.attention_mass([found, other], 20)
+    assert both.notes is not None and "2 runs" in both.notes and both != presets.attention_mass(found, 20)
+    shares = [presets.attention_mass(found, n).count(ready.tokens, 5).kept_fraction for n in (0, 20, 60)]
+    assert shares[0] == 0 < shares[1] < shares[2] < 1
+
+
+def test_a_planted_reader_is_kept(wrapped):
+    """Attention of one head is steered to frame 1 by the query's own weights: its edge ranks first."""
+    model = wrap(families.build("llava_onevision"))
+    ready = model.prepare_inputs(**families.inputs("llava_onevision"))
+    frame = members(ready.tokens, "frame:1")
+
+    def to_frame(scores, hook):
+        scores[:, 2, -1, frame] += 40.0
+        return scores
+
+    with model.hooks([("blocks.3.attn.hook_attn_scores", to_frame)]), torch.no_grad():
+        _, cache = model.run_with_cache(ready, names_filter="blocks.3.attn.hook_pattern")
+    assert float(cache["blocks.3.attn.hook_pattern"][0, 2, -1, frame].sum()) > 0.999
+    steer = Policy.from_dict({"format": "edge-policy/1", "cuts": [
+        {"layers": "4", "heads": [2], "q": "last", "k": "frame:1", "gate": 40.0}]})  # fmt: skip
+    found = segment_mass(model, ready, policy=steer)
+    names = found.names
+    at = (3, 2, names.index("last"), names.index("frame:1"))
+    assert float(found.mean[at]) > 0.999
+    rest = found.mean.clone()
+    rest[at] = 0
+    kept = presets.attention_mass(found, int((rest > float(found.mean[at])).sum()) + 1, by_head=True)
+    cut = [c for c in kept.cuts if c.q == "last" and c.k == "frame:1" and 3 in c.layers_of(5)]
+    assert all(c.heads != "all" and 2 not in c.heads for c in cut)
+
+
+def test_a_preset_that_cannot_be_made_is_refused(wrapped):
+    model = wrapped("internvl")
+    ready = model.prepare_inputs(**families.inputs("internvl"))
+    found, video = segment_mass(model, ready), segment_mass(model, ready, ["video", "text", "last"])
+    for bad, message in (
+        (lambda: presets.attention_mass([]), "at least one measured run"),
+        (lambda: presets.attention_mass([found, video], 3), "different segments"),
+        (lambda: presets.attention_mass(segment_mass(model, ready, ["video", "*"]), 3), "overlap"),
+        (lambda: presets.attention_mass(found), "one of the two"),
+        (lambda: presets.attention_mass(found, 3, share=0.5), "one of the two"),
+        (lambda: presets.attention_mass(found, 10**6), "keep 0 to"),
+        (lambda: presets.attention_mass(found, share=1.5), "0..1"),
+        (lambda: presets.named("attention-mass/20", 5), r"presets.attention_mass\(...\)"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            bad()
