@@ -27,7 +27,7 @@ from lab.bench.measuring import median_ratio, paired, peak_bytes, setting, write
 from lab.carriers import Frames, VideoQA
 from lab.edges.dense import run_dense
 from lab.edges.fast import ROWS, run_cut
-from lab.edges.pathways import cut_mask
+from lab.edges.pathcuts import pathway_cut
 from lab.edges.store import Store
 from lab.edges.sweeping import WINDOW, Sweep, layers_of
 from lab.model.ready import Ready
@@ -75,7 +75,7 @@ def measure(
     ready = prompt(model, shape, frames)
     model.see(ready)  # the tower runs once for either
     n, what = shape.layers, Sweep(tuple(pathways))
-    masks = {p: cut_mask(ready.tokens, p, ready.item) for p in pathways}
+    masks = {p: pathway_cut(ready.tokens, p, ready.item) for p in pathways}
     cuts = [dict.fromkeys(what.layers(c, n), masks[p]) for p in pathways for c in range(n)]
     chosen = torch.linspace(0, len(cuts) - 1, n_naive).long().tolist()
     run_dense(model, ready, cuts[0])  # warm

@@ -1,4 +1,4 @@
-"""Pathways: which attention edges a knock-out removes from one prompt, by query rows or as a dense boolean mask.
+"""Pathways: which attention edges a knock-out removes, as a dense boolean mask over one prompt.
 
 A pathway is written `keys->queries`, in the direction information flows: "video->question" cuts every edge by which a
 question position reads a video position. "cross-frame" cuts, for each frame, the edges to all earlier frames.
@@ -13,7 +13,6 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lab.carriers import TokenMap, VideoQA
-from lab.edges.cutrows import CutRows, LaterFrames, PairCut
 from lab.edges.segments import segment
 from lab.errors import UsageError
 from lab.spans import ROLES
@@ -36,35 +35,28 @@ def usual_pathways(tokens: TokenMap) -> tuple[str, ...]:
 def cut_mask(tokens: TokenMap, pathway: str, item: VideoQA | None = None) -> Bool[Tensor, "q k"]:
     """True where an edge is cut; only edges that exist (keys not after queries, no padding) are ever True.
 
-    The whole square, for looking at; executors take `pathway_cut`, which makes it by rows.
     Raises UsageError for a pathway that cannot be read, or whose segments have no token in this prompt.
     """
-    return pathway_cut(tokens, pathway, item).rows(torch.arange(len(tokens)))[0]
-
-
-def pathway_cut(tokens: TokenMap, pathway: str, item: VideoQA | None = None) -> CutRows:
-    """The edges of `cut_mask`, made for the query rows asked: no positions x positions object. Raises as it does."""
     n = len(tokens)
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
     if pathway == NOTHING:
-        return PairCut(torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool))
+        return torch.zeros_like(causal)
     if pathway == CROSS_FRAME:
-        return _cross_frame(tokens)
+        return causal & _cross_frame(tokens)
     keys, arrow, queries = pathway.replace("→", "->").partition("->")
     if not arrow:
         raise UsageError(
             f"pathway {pathway!r} is not 'keys->queries' (such as 'video->last') nor {CROSS_FRAME!r}"
         )
+    cut = torch.zeros_like(causal)
     k, q = segment(tokens, keys.strip(), item), segment(tokens, queries.strip(), item)
-    return PairCut(_marked(q, n), _marked(k, n))
+    cut[q[:, None], k[None, :]] = True
+    return cut & causal
 
 
-def _marked(at: Tensor, n: int) -> Bool[Tensor, " pos"]:
-    out = torch.zeros(n, dtype=torch.bool)
-    out[at] = True
-    return out
-
-
-def _cross_frame(tokens: TokenMap) -> LaterFrames:
+def _cross_frame(tokens: TokenMap) -> Bool[Tensor, "q k"]:
+    frames = tokens.frame.masked_fill(tokens.role != ROLES.index("frame"), -1)
     if tokens.n_frames < 2:
         raise UsageError(f"{CROSS_FRAME} needs at least 2 frames, this prompt has {tokens.n_frames}")
-    return LaterFrames(tokens.frame.masked_fill(tokens.role != ROLES.index("frame"), -1))
+    both = (frames[:, None] >= 0) & (frames[None, :] >= 0)
+    return both & (frames[:, None] > frames[None, :])

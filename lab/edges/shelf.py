@@ -5,9 +5,10 @@ Aside is the host's memory for a run on a GPU, and a file that is mapped into me
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -31,6 +32,14 @@ class Shelf(Sequence[Tensor]):
         self._device: list[torch.device] = []
         self._is_aside: list[bool] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def holding(cls, tensors: Iterable[Tensor]) -> Shelf:
+        """A shelf of tensors that all stay where they are."""
+        shelf = cls(math.inf)
+        for tensor in tensors:
+            shelf.put(tensor)
+        return shelf
 
     def put(self, tensor: Tensor) -> None:
         """Add the next layer's."""

@@ -49,7 +49,8 @@ class Store:
     side          what travels beside the prompt's rows, without cache and run
     resid         [pos, d_model] entering each layer, then the final stream
     keys, values  [kv_head, pos, d_head] per layer, keys after RoPE
-                  all three are shelves: what the device has no room for lies elsewhere (`lab.edges.shelf`)
+                  all three are shelves: what the device has no room for lies elsewhere (`lab.edges.shelf`);
+                  plain lists are put on shelves as they are
     reason        why cut runs cannot be computed from it and take the reference path; "" if they can. Where they
                   cannot, nothing is kept
     """
@@ -64,6 +65,12 @@ class Store:
     version: int
     reason: str
     work: Work = field(default_factory=Work)
+
+    def __post_init__(self) -> None:
+        for name in ("resid", "keys", "values"):
+            held = getattr(self, name)
+            if not isinstance(held, Shelf):
+                setattr(self, name, Shelf.holding(held))
 
     @property
     def n_pos(self) -> int:

@@ -23,7 +23,8 @@ from lab.carriers import TokenMap, VideoQA
 from lab.edges.closure import Cuts
 from lab.edges.dense import run_dense
 from lab.edges.fast import ROWS, run_cut
-from lab.edges.pathways import pathway_cut, usual_pathways
+from lab.edges.pathcuts import pathway_cut
+from lab.edges.pathways import usual_pathways
 from lab.edges.store import Store
 from lab.errors import LabWarning, RunError, UsageError
 from lab.model.answering import letter_ids
