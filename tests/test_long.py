@@ -19,6 +19,8 @@ from lab.edges.policy import Policy
 from lab.edges.store import Store
 from lab.edges.sweeping import sweep
 from lab.errors import RunError, TooBig, UsageError
+from lab.model.zoo import wrap
+from lab.slots import Plan
 from tests import edgecases, families
 
 LONG = 4096
@@ -254,3 +256,29 @@ def test_other_errors_stay_what_they_are(wrapped, monkeypatch):
     monkeypatch.setattr(shelf.Shelf, "put", broken)
     with pytest.raises(RuntimeError, match="something else"):
         Store.of(model, ready)
+
+
+# ---- the same rows, uncut -----------------------------------------------------------------------------------------------
+
+
+def test_uncut_runs_differ_from_the_clean_one_by_rounding_alone():
+    """They run what the cut ones run, row for row; in double precision they are the clean run."""
+    model = wrap(edgecases.exact(families.build("qwen3_vl")))
+    ready = model.prepare_inputs(**edgecases.inputs("qwen3_vl", torch.float64))
+    dice = random.Random(8)
+    cuts = [edgecases.random_cuts(dice, ready.tokens, 5, 4) for _ in range(10)]
+    stores = [Store.of(model, ready) for _ in range(2)]
+    cut, uncut = fast.run_cut(model, stores[0], cuts), fast.run_uncut(model, stores[1], cuts)
+    clean = stores[0].clean(model)
+    assert (uncut - clean).abs().max() <= 1e-12 < 1e-3 < (cut - clean).abs().max()
+    assert stores[0].work.row_layers == stores[1].work.row_layers > ready.n_pos * 5
+    for wrong, store in (([], stores[0]), (cuts, Store.of(model, detoured(model, ready)))):
+        with pytest.raises(UsageError, match="no rows to run"):
+            fast.run_uncut(model, store, wrong)
+
+
+def detoured(model: Any, ready: Any) -> Any:
+    """The prompt with a detour that does nothing: cut runs of it take the reference path."""
+    again = model.prepare_inputs(**ready.inputs)
+    again.plan = Plan(detours=(lambda layer, step, resid, side: step(resid, side),))
+    return again

@@ -31,7 +31,7 @@ class CutRows(Protocol):
     def heads(self) -> int: ...
 
     def rows(self, at: Tensor) -> Bool[Tensor, "head q k"]:
-        """For these query positions, on the CPU."""
+        """For these query positions, on their device."""
         ...
 
     def any(self) -> bool:
@@ -43,10 +43,10 @@ LayerCut = Tensor | CutRows
 
 
 def rows_of(cut: LayerCut, at: Tensor) -> Bool[Tensor, "head q k"]:
-    """The removed edges of these query positions, on the CPU; head is 1 where all heads lose the same."""
+    """The removed edges of these query positions, on their device; head is 1 where all heads lose the same."""
     if not isinstance(cut, Tensor):
         return cut.rows(at)
-    taken = cut.index_select(-2, at.to(cut.device)).cpu()
+    taken = cut.index_select(-2, at.to(cut.device)).to(at.device)
     return taken if taken.ndim == 3 else taken[None]
 
 
@@ -91,7 +91,8 @@ class PairCut(Lazy):
         return len(self.q)
 
     def rows(self, at: Tensor) -> Bool[Tensor, "1 q k"]:
-        return (self.q[at][:, None] & self.k[None, :] & _causal(at, self.n_pos))[None]
+        q, k = self.q.to(at.device), self.k.to(at.device)
+        return (q[at][:, None] & k[None, :] & _causal(at, self.n_pos))[None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,8 @@ class LaterFrames(Lazy):
         return len(self.frame)
 
     def rows(self, at: Tensor) -> Bool[Tensor, "1 q k"]:
-        q, k = self.frame[at][:, None], self.frame[None, :]
+        frame = self.frame.to(at.device)
+        q, k = frame[at][:, None], frame[None, :]
         return ((k >= 0) & (q > k) & _causal(at, self.n_pos))[None]
 
 
@@ -127,6 +129,9 @@ class PolicyCut(Lazy):
         return 1 if shared else self.bound.n_heads
 
     def rows(self, at: Tensor) -> Bool[Tensor, "head q k"]:
+        return self._rows(at.cpu()).to(at.device)
+
+    def _rows(self, at: Tensor) -> Bool[Tensor, "head q k"]:
         out = torch.zeros(self.heads, len(at), self.n_pos, dtype=torch.bool)
         inside = at < self.bound.n
         made = self.bound.removed(self.layer, at[inside])
@@ -158,4 +163,4 @@ def policy_cuts(bound: Bound) -> dict[int, PolicyCut]:
 
 
 def _causal(at: Tensor, n: int) -> Bool[Tensor, "q k"]:
-    return torch.arange(n)[None, :] <= at[:, None]
+    return torch.arange(n, device=at.device)[None, :] <= at[:, None]

@@ -51,10 +51,33 @@ def run_cut(
         return _by_reference(model, store, cuts, read)
     at, memo = store.positions(read), {}
     found = [closure_of(c, store.n_pos, store.n_layers, at, memo) for c in cuts]
-    out = store.clean(model, read)[None].repeat(len(cuts), 1, 1)
-    jobs = [_Job(i, c, f) for i, (c, f) in enumerate(zip(cuts, found, strict=True)) if f.reaches]
+    jobs = [_Job(i, c, f) for i, (c, f) in enumerate(zip(cuts, found, strict=True))]
+    return _run_all(model, store, jobs, at, read, n_rows)
+
+
+@torch.no_grad()
+def run_uncut(
+    model: Any, store: Store, cuts: Sequence[Cuts], read: Read = "last", *, n_rows: int = ROWS
+) -> Float[Tensor, "cut read d_vocab"]:
+    """Clean logits by the way of `run_cut`: the rows that each set of cuts would run are run, and nothing is cut.
+
+    They differ from the clean run by rounding alone, which in half precision is as large as small effects: compare
+    cut runs with these, or take the difference as the noise below which nothing can be said.
+    Raises UsageError where the store's cut runs take the reference path (`store.reason`).
+    """
+    if not cuts or store.reason:
+        raise UsageError(f"no rows to run: {store.reason or 'no sets of cuts given'}")
+    store.check(model)
+    store.work.runs += len(cuts)
+    at, memo = store.positions(read), {}
+    found = [closure_of(c, store.n_pos, store.n_layers, at, memo) for c in cuts]
+    return _run_all(model, store, [_Job(i, {}, f) for i, f in enumerate(found)], at, read, n_rows)
+
+
+def _run_all(model: Any, store: Store, jobs: Sequence[_Job], at: Tensor, read: Read, n_rows: int) -> Tensor:
+    out = store.clean(model, read)[None].repeat(len(jobs), 1, 1)
     with model.lock.shared():
-        for batch in _batches(jobs, n_rows):
+        for batch in _batches([j for j in jobs if j.closure.reaches], n_rows):
             _run_or_halve(model, store, batch, at, out)
     return out
 

@@ -115,7 +115,7 @@ class Packed:
     def _part(self, group: Group, block: slice, n_pos: int, device: torch.device) -> _Part:
         key = (group.rows.numpy().tobytes(), block.start, None if group.cut is None else id(group.cut))
         if key not in self.parts:
-            self.parts[key] = _part(group, block, n_pos).to(device)
+            self.parts[key] = _part(group, block, n_pos, device)
         return self.parts[key]
 
 
@@ -131,17 +131,14 @@ class _Part:
     kept: Tensor | None
     own: Tensor | None
 
-    def to(self, device: torch.device) -> _Part:
-        move = [None if t is None else t.to(device) for t in (self.kept, self.own)]
-        return _Part(self.stored.to(device), *move)
 
-
-def _part(group: Group, block: slice, n_pos: int) -> _Part:
-    rows, new = group.rows[block], group.rows[: block.stop]
-    keep = torch.arange(n_pos)[None, :] <= rows[:, None]
-    keep = keep[None] if group.cut is None else keep[None] & ~rows_of(group.cut, rows)
+def _part(group: Group, block: slice, n_pos: int, device: torch.device) -> _Part:
+    every = group.rows.to(device)
+    rows, new = every[block], every[: block.stop]
+    keep = (torch.arange(n_pos, device=device)[None, :] <= rows[:, None])[None]
+    keep = keep if group.cut is None else keep & ~rows_of(group.cut, rows)
     stored = keep.any(0).any(0)
-    stored[group.rows] = False
+    stored[every] = False
     at = stored.nonzero().squeeze(1)
     return _Part(at, _unless_all(keep[..., at]), _unless_all(keep[..., new]))
 
