@@ -107,6 +107,24 @@ def test_measuring_leaves_the_run_as_it_is(wrapped):
     assert (segment_mass(exact, ready).mean - mean).abs().max() <= 1e-6  # the pattern is softmaxed in fp32
 
 
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl"])
+def test_in_the_layers_own_call_or_beside_it(name, wrapped, monkeypatch):
+    """Both ways give the same numbers; hooks that edit the pattern act on the layers after it."""
+    model = wrapped(name)
+    ready = model.prepare_inputs(**families.inputs(name))
+    for policy in (None, policy_named("some heads"), policy_named("empty rows")):
+        one = segment_mass(model, ready, policy=policy, rows=True)
+        with monkeypatch.context() as m:
+            m.setattr(mass_module._Sink, "fits_beside", lambda self, model: False)
+            other = segment_mass(model, ready, policy=policy, rows=True)
+        assert (one.rows - other.rows).abs().max() <= 1e-6 and (one.mean - other.mean).abs().max() <= 1e-6
+    plain = segment_mass(model, ready)
+    with model.hooks([("blocks.1.attn.hook_pattern", lambda p, hook: p.flip(-1))]):
+        edited = segment_mass(model, ready)
+    assert (edited.mean[:2] - plain.mean[:2]).abs().max() <= 1e-6
+    assert (edited.mean[2] - plain.mean[2]).abs().max() > 1e-3
+
+
 def test_half_precision_is_summed_in_single(wrapped):
     model = wrap(families.build("llava_next_video").to(torch.bfloat16))
     ready = model.prepare_inputs(**edgecases.inputs("llava_next_video", torch.bfloat16))

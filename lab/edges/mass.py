@@ -5,9 +5,10 @@
     segment_mass(model, ready, rows=True).rows             # [layer, head, pos, key segment]
 
 The mass that a row gives to a segment is the sum of its pattern over the segment's keys. That is the row's attention
-over values that are 1 on the segment and 0 elsewhere, so the fast kernel computes it beside the layer's own call, for
-as many segments at once as a head has dimensions; no object of positions x positions is made, and the run itself is
-untouched. What is measured is the softmax over the edges that are kept, before any hook on scores or pattern.
+over values that are 1 on the segment and 0 elsewhere, so the fast kernel computes it: in the layer's own call, where
+these columns are put beside the values', or in a call of its own (half precision, more segments than a head has
+dimensions, hooks on scores or pattern). No object of positions x positions is made. What is measured is the softmax
+over the edges that are kept, before any hook on scores or pattern.
 High mass is not importance: sinks draw it (arXiv 2503.03321). It is a baseline to compare with.
 """
 
@@ -28,7 +29,7 @@ from lab.errors import RunError, TooBig, UsageError
 from lab.model.activations import free_bytes
 from lab.model.attention import NEG, with_edges
 from lab.model.masks import keep_rows, needs_mask
-from lab.model.run import Call, Run
+from lab.model.run import Call, Run, watched
 from lab.result import Result
 from lab.spans import ROLES
 
@@ -103,7 +104,10 @@ def segment_mass(
     with model.plan_hooks(ready.plan), model.lock.shared():
         door, maps = model.arrive(ready, run=run)
         sink = _Sink.over(model, maps[0], ready.item, segments, keep=rows)
-        run.sinks = (sink,)
+        if sink.fits_beside(model):
+            run.attend = sink.attend
+        else:
+            run.sinks = (sink,)
         model.stream(door, run, plan=ready.plan, tokens=maps)
     return Mass(sink.names, tuple(int(m.sum()) for m in sink.of), sink.sums, sink.rows)
 
@@ -131,19 +135,45 @@ class _Sink:
         shape = (n_layers, n_heads, len(tokens), len(names))
         return _Sink(names, of, sums, _room(shape) if keep else None)
 
+    def fits_beside(self, model: Any) -> bool:
+        """Whether one kernel call can give z and mass: enough precision, and nobody edits scores or pattern."""
+        points = [b.attn for b, p in zip(model.blocks, model.parts, strict=True) if p.attn is not None]
+        free = not any(watched(p.hook_attn_scores, p.hook_pattern) for p in points)
+        exact = model.dtype in (torch.float32, torch.float64)
+        return free and exact and len(self.names) <= model.cfg.d_head
+
+    def attend(self, call: Call, query: Tensor, key: Tensor, value: Tensor, kw: dict[str, Any]) -> Tensor:
+        """In the kernel's place: the segments' columns stand beside the values', and one call does both."""
+        _refuse(kw)
+        k_order = call.side.order if call.k_order is None else call.k_order
+        d, per, scaling = query.shape[-1], query.shape[1] // key.shape[1], kw.get("scaling")
+        n = len(self.names)
+        beside = self._columns(k_order, query)[0][:, : n + -n % 8]  # kernels like round widths
+        z = torch.empty_like(query[0].transpose(0, 1))
+        for heads in torch.arange(query.shape[1]).split(_together(query)):
+            q, k, v = (t[0, at.to(t.device)] for t, at in ((query, heads), (key, heads // per), (value, heads // per)))
+            v = torch.cat([v, beside.to(v.dtype).expand(len(heads), -1, -1)], -1)
+            q, k = (torch.nn.functional.pad(t, (0, beside.shape[1])) for t in (q, k))  # zeros add nothing to a score
+            out = _mass(call, q, k, [v], k_order, heads, d**-0.5 if scaling is None else scaling)
+            z[:, heads.to(z.device)] = out[..., :d].transpose(0, 1)
+            self._note(call, heads, out[..., d : d + n])
+        return z[None]
+
     def __call__(self, call: Call, query: Tensor, key: Tensor, k_order: Tensor, kw: dict[str, Any]) -> None:
-        for name in ("softcap", "s_aux", "position_bias"):
-            if kw.get(name) is not None:
-                raise RunError(f"segment mass knows no {name}, which this model's attention uses")
-        layer, order = call.parts.index, call.side.order.cpu()
-        of_rows, per = self.of[:, order].double(), query.shape[1] // key.shape[1]
-        values = self._columns(k_order, query)
+        """Beside the layer's own kernel."""
+        _refuse(kw)
+        per, values = query.shape[1] // key.shape[1], self._columns(k_order, query)
         for heads in torch.arange(query.shape[1]).split(_together(query)):
             q, k = query[0, heads.to(query.device)], key[0, (heads // per).to(key.device)]
-            found = _mass(call, q, k, values, k_order, heads, kw.get("scaling"))[..., : len(self.names)].cpu()
-            self.sums[layer, heads] = of_rows @ found.double()
-            if self.rows is not None:
-                self.rows[layer, heads[:, None], order] = found.to(self.rows.dtype)
+            found = _mass(call, q, k, values, k_order, heads, kw.get("scaling"))
+            self._note(call, heads, found[..., : len(self.names)])
+
+    def _note(self, call: Call, heads: Tensor, found: Tensor) -> None:
+        """Keep the mass [head, q, segment] of some heads of a layer."""
+        layer, order, found = call.parts.index, call.side.order.cpu(), found.cpu()
+        self.sums[layer, heads] = self.of[:, order].double() @ found.double()
+        if self.rows is not None:
+            self.rows[layer, heads[:, None], order] = found.to(self.rows.dtype)
 
     def _columns(self, k_order: Tensor, like: Tensor) -> list[Tensor]:
         """Values that are 1 on a segment: [k, d_head] each, the last one filled up with zeros."""
@@ -154,6 +184,12 @@ class _Sink:
             filled = torch.nn.functional.pad(here, (0, -here.shape[1] % width))
             self._values = k_order, [part.contiguous() for part in filled.split(width, 1)]
         return [v.to(like.device) for v in self._values[1]]
+
+
+def _refuse(kw: dict[str, Any]) -> None:
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kw.get(name) is not None:
+            raise RunError(f"segment mass knows no {name}, which this model's attention uses")
 
 
 def _together(query: Tensor) -> int:
