@@ -118,7 +118,10 @@ def test_gpu_sweep_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for name, row in tables.items():
         assert row["text pathways"]["fallbacks"] == row["store_bytes_aside"] == 0
         for found in row["noise"].values():
-            assert found["fast - naive"] <= (1e-5 if "float32" in name else found["effect"]) and found["effect"] > 0.01
+            assert (
+                found["fast - naive"] <= (1e-5 if "float32" in name else found["effect"])
+                and found["effect"] > 0.01
+            )
     assert "across frames" in capsys.readouterr().out
     assert gpu.main(["--sweep", "--shapes", "gpt", "--device", "cpu"]) == 2
     assert "no gpt; there are llama-7b" in capsys.readouterr().err

@@ -10,12 +10,13 @@ import torch
 
 from lab.edges import fast, presets, shelf
 from lab.edges.closure import closure_of
-from lab.edges.cutrows import PolicyCut, policy_cuts, rows_of
+from lab.edges.cutrows import Narrowed, PairCut, PolicyCut, Together, policy_cuts, rows_of
 from lab.edges.dense import run_dense
 from lab.edges.fast import run_cut
 from lab.edges.pathcuts import pathway_cut
 from lab.edges.pathways import cut_mask
 from lab.edges.policy import Policy
+from lab.edges.predicates import parse_where
 from lab.edges.store import Store
 from lab.edges.sweeping import sweep
 from lab.errors import RunError, TooBig, UsageError
@@ -46,13 +47,38 @@ def long_ready(model: Any) -> Any:
 @pytest.mark.parametrize("pathway", [*PATHWAYS, "frame:0+frame:2->text+last", "all->last"])
 def test_a_pathway_by_rows_is_its_mask(pathway, wrapped):
     """Row by row, and some rows out of order."""
-    tokens = wrapped("llava_next_video").prepare_inputs(**families.inputs("llava_next_video", frames=4)).tokens
+    tokens = (
+        wrapped("llava_next_video").prepare_inputs(**families.inputs("llava_next_video", frames=4)).tokens
+    )
     n, cut = len(tokens), pathway_cut(tokens, pathway)
     square = cut_mask(tokens, pathway)
     for i in range(0, n, 7):
         assert torch.equal(cut.rows(torch.tensor([i]))[0, 0], square[i])
     assert torch.equal(rows_of(square, torch.tensor([5, 2])), rows_of(cut, torch.tensor([5, 2])))
     assert cut.any() == bool(square.any()) and not bool(square.triu(1).any())
+
+
+def test_cuts_put_together_and_narrowed(wrapped):
+    """Against masks put together by hand: a union, a predicate, one head, between two frames."""
+    tokens = (
+        wrapped("llava_next_video").prepare_inputs(**families.inputs("llava_next_video", frames=4)).tokens
+    )
+    n, at = len(tokens), torch.tensor([40, 3, 17, 44, 21])
+    cross, text = (cut_mask(tokens, p) for p in ("cross-frame", "video->text"))
+    frame = tokens.frame
+    lazy = [pathway_cut(tokens, p) for p in ("cross-frame", "video->text")]
+    both = Together(tuple(lazy))
+    assert torch.equal(both.rows(at)[0], (cross | text)[at])
+    q, k = frame == 3, frame == 1
+    pair = Narrowed(lazy[0], q=q, k=k)
+    assert torch.equal(pair.rows(at)[0], (cross & q[:, None] & k)[at]) and pair.any()
+    assert not Narrowed(lazy[0], q=k, k=q).any() and not Narrowed(lazy[1], q=q).any()
+    head = Narrowed(both, head=2, heads=4).rows(at)
+    assert torch.equal(head[2], (cross | text)[at]) and not head[[0, 1, 3]].any() and head.shape[0] == 4
+    every = torch.ones(n, dtype=torch.bool)
+    near = PairCut(every, every, parse_where("pos(q) - pos(k) > 30"), {"pos": torch.arange(n).double()})
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    assert torch.equal(near.rows(at)[0], (distance > 30)[at]) and near.numel() == 0
 
 
 CUTS = (
@@ -120,7 +146,12 @@ def test_every_preset_runs_fast_without_falling_back(name, wrapped):
     model = wrapped(name)
     ready, n = model.prepare_inputs(**families.inputs(name)), model.cfg.n_layers
     made = [presets.paper(p, "strict", n) for p in presets.FLOWS]
-    made += [presets.video_exit(2, n), presets.frame_local(3, n), presets.random_pairs(0.2), presets.nothing()]
+    made += [
+        presets.video_exit(2, n),
+        presets.frame_local(3, n),
+        presets.random_pairs(0.2),
+        presets.nothing(),
+    ]
     made += [presets.layer_permuted(made[0], n), presets.composition_matched(made[0], n)]
     for policy in made:
         store = Store.of(model, ready)
@@ -166,7 +197,9 @@ def test_a_file_of_a_shelf_goes_with_it_and_a_full_disk_is_told(monkeypatch):
     held.put(torch.arange(6.0))
     folder = held._folder
     assert folder is not None and len(list(shelf.Path(folder.name).iterdir())) == 1
-    assert torch.equal(held[0], torch.arange(6.0)) and torch.equal(held.rows(0, torch.tensor([4])), torch.tensor([4.0]))
+    assert torch.equal(held[0], torch.arange(6.0)) and torch.equal(
+        held.rows(0, torch.tensor([4])), torch.tensor([4.0])
+    )
     path = shelf.Path(folder.name)
     del held, folder
     assert not path.exists()

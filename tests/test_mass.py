@@ -87,7 +87,9 @@ def test_mass_is_a_result_with_names(wrapped):
     assert result.axes == ("layer", "head", "query", "key") and result.coords["query"] == list(found.names)
     assert np.allclose(result.values.sum(-1), 1.0, atol=1e-5) and sum(found.n_rows) == ready.n_pos
     later = [found.names.index(n) for n in ("frame:1", "frame:2")]
-    assert (found.mean[:, :, later[0], later[1]] == 0).all() and (found.mean[:, :, later[1], later[0]] > 0).all()
+    assert (found.mean[:, :, later[0], later[1]] == 0).all() and (
+        found.mean[:, :, later[1], later[0]] > 0
+    ).all()
 
 
 def test_measuring_leaves_the_run_as_it_is(wrapped):
@@ -234,12 +236,17 @@ def test_the_preset_by_share_and_its_ends(wrapped):
     """All the mass: the null policy. A share: as few edges as carry it, no fewer."""
     model = wrapped("internvl")
     ready = model.prepare_inputs(**families.inputs("internvl"))
-    found, other = segment_mass(model, ready), segment_mass(model, model.prepare_inputs(**families.inputs("internvl", seed=3)))
+    found, other = (
+        segment_mass(model, ready),
+        segment_mass(model, model.prepare_inputs(**families.inputs("internvl", seed=3))),
+    )
     whole = presets.attention_mass(found, share=1.0)
     assert whole.is_null and int(whole.name.split("/")[1]) == len(biggest(found, 10**6, False))
     k = int(presets.attention_mass(found, share=0.6).name.split("/")[1])
     table = found.mean.mean(1)
-    carried = [sum(float(table[at]) for at in biggest(found, n, False)) / float(table.sum()) for n in (k - 1, k)]
+    carried = [
+        sum(float(table[at]) for at in biggest(found, n, False)) / float(table.sum()) for n in (k - 1, k)
+    ]
     assert carried[0] < 0.6 <= carried[1]
     both = presets.attention_mass([found, other], 20)
     assert both.notes is not None and "2 runs" in both.notes and both != presets.attention_mass(found, 20)

@@ -75,7 +75,9 @@ def per_frame(video: Sequence[int]) -> int:
 # ---- masks and injection ----------------------------------------------------------------------------------------------
 
 
-def blocked_mask(n: int, rectangles: Sequence[tuple[Sequence[int], Sequence[int]]], dtype: torch.dtype) -> Tensor:
+def blocked_mask(
+    n: int, rectangles: Sequence[tuple[Sequence[int], Sequence[int]]], dtype: torch.dtype
+) -> Tensor:
     """(1 - m) * finfo.min, m the lower triangle with the rectangles (queries, keys) set to zero: [1, 1, n, n]."""
     m = torch.ones(n, n, dtype=dtype).tril()
     for queries, keys in rectangles:
@@ -197,9 +199,10 @@ def test_the_search_finds_what_the_map_says():
 
 def test_the_method_notices_a_difference():
     """The comparison can fail: another window, or one edge more, is far outside the bound."""
-    (_, model, ready, _), (_, percent, _) = (
-        f("llava_next_video", torch.float32) for f in (both, theirs)
-    )
+    (_, model, ready, _), (_, percent, _) = (f("llava_next_video", torch.float32) for f in (both, theirs))
     other = sweep(model, ready, list(CURVES.values()), window=1, show_progress=False)
     wider = sweep(model, ready, ["video->question+option+instruction"], window=WINDOW, show_progress=False)
-    assert abs(other.values[0] - percent.numpy()).max() > 1 and abs(wider.values[0, 0] - percent[1].numpy()).max() > 0.01
+    assert (
+        abs(other.values[0] - percent.numpy()).max() > 1
+        and abs(wider.values[0, 0] - percent[1].numpy()).max() > 0.01
+    )

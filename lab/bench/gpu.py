@@ -51,7 +51,9 @@ def main(args: Sequence[str] | None = None) -> int:
     sweeps = parser.add_argument_group("with --sweep")
     sweeps.add_argument("--sweep", action="store_true", help="time knock-out sweeps, and nothing else")
     sweeps.add_argument("--shapes", nargs="*", default=[], help="llama-7b, qwen2.5-vl-7b (default both)")
-    sweeps.add_argument("--lengths", nargs="*", type=int, default=[], help="1267, 3251, 6387, 12659 (default all)")
+    sweeps.add_argument(
+        "--lengths", nargs="*", type=int, default=[], help="1267, 3251, 6387, 12659 (default all)"
+    )
     sweeps.add_argument("--dtypes", nargs="*", default=[], help="bfloat16, float32 (default both)")
     given = parser.parse_args(args)
     wheels = missing()

@@ -39,8 +39,12 @@ from lab.model.videollm import VideoLLM
 from lab.model.zoo import wrap
 
 SHAPES = {
-    "llama-7b": models.Shape(d=4096, mlp=11008, layers=32, heads=32, kv_heads=32, vocab=32064, side=96, patch=4),
-    "qwen2.5-vl-7b": models.Shape(d=3584, mlp=18944, layers=28, heads=28, kv_heads=4, vocab=152064, side=96, patch=4),
+    "llama-7b": models.Shape(
+        d=4096, mlp=11008, layers=32, heads=32, kv_heads=32, vocab=32064, side=96, patch=4
+    ),
+    "qwen2.5-vl-7b": models.Shape(
+        d=3584, mlp=18944, layers=28, heads=28, kv_heads=4, vocab=152064, side=96, patch=4
+    ),
 }
 SMALL = {"small": models.Shape(d=64, mlp=96, layers=4, heads=4, kv_heads=2, side=16, patch=4)}
 # positions -> frames, side of a frame (tokens: side / 8 squared)
@@ -109,7 +113,9 @@ def table(model: VideoLLM, shape: models.Shape, frames: int, device: str) -> dic
     clock = _clock(device)
     found = {
         "text pathways": compared(model, ready, texts, n_naive=NAIVE, n_rows=ROWS, clock=clock),
-        "across frames": compared(model, ready, across, n_naive=min(NAIVE, len(across)), n_rows=ROWS, clock=clock),
+        "across frames": compared(
+            model, ready, across, n_naive=min(NAIVE, len(across)), n_rows=ROWS, clock=clock
+        ),
     }
     store = Store.of(model, ready)
     for name, cuts in (("text pathways", texts), ("across frames", across[:1])):
@@ -118,7 +124,10 @@ def table(model: VideoLLM, shape: models.Shape, frames: int, device: str) -> dic
     found["store_bytes"] = sum(t.nbytes for t in (*store.resid, *store.keys, *store.values))
     found["store_bytes_aside"] = store.aside
     chosen = [texts[i] for i in torch.linspace(0, len(texts) - 1, NAIVE).long().tolist()]
-    found["noise"] = {"text pathways": noise(model, ready, store, chosen), "across frames": noise(model, ready, store, across[-2:])}
+    found["noise"] = {
+        "text pathways": noise(model, ready, store, chosen),
+        "across frames": noise(model, ready, store, across[-2:]),
+    }
     return found
 
 

@@ -80,7 +80,11 @@ def others(shape: models.Shape, frames: int, *, pairs: int) -> dict[str, Any]:
     model = wrap(copy.deepcopy(plain))
     ready = prompt(model, shape, frames)
     door = model.see(ready)
-    inner = {"inputs_embeds": door.embeds, "attention_mask": ready.inputs["attention_mask"], "use_cache": False}
+    inner = {
+        "inputs_embeds": door.embeds,
+        "attention_mask": ready.inputs["attention_mask"],
+        "use_cache": False,
+    }
     layers = list(layers_of(shape.layers // 2, max(1, shape.layers // 3), shape.layers))
     cut = pathway_cut(ready.tokens, "video->question+option", ready.item)
     mask = rows_of(cut, torch.arange(ready.n_pos))[0]
@@ -97,7 +101,9 @@ def others(shape: models.Shape, frames: int, *, pairs: int) -> dict[str, Any]:
         "ours, fast, stored": lambda: run_cut(model, store, cuts)[0],
     }
     reference = works["ours, reference"]()[..., -1, :].reshape(-1)
-    apart = {name: float((work()[..., -1, :].reshape(-1) - reference).abs().max()) for name, work in works.items()}
+    apart = {
+        name: float((work()[..., -1, :].reshape(-1) - reference).abs().max()) for name, work in works.items()
+    }
     took = paired(works, pairs=pairs, warm=0)
     return {
         "positions": ready.n_pos, "layers": shape.layers, "cut_layers": len(layers), "pairs": pairs, "seconds": took,
@@ -128,7 +134,9 @@ def _handed(forward: Callable[..., Any], mask: Tensor) -> Callable[..., Any]:
     return handed
 
 
-def _transformer_lens(model: VideoLLM, ready: Ready, layers: Sequence[int], cut: Tensor) -> Callable[[], Tensor]:
+def _transformer_lens(
+    model: VideoLLM, ready: Ready, layers: Sequence[int], cut: Tensor
+) -> Callable[[], Tensor]:
     made, given = bridge(model), dict(ready.inputs)
     ids = given.pop("input_ids")
 
@@ -159,7 +167,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         pieces = {w: [grown(w, v, shape=SHAPE, n_naive=args.naive) for v in at] for w, at in PIECES.items()}
         elsewhere = others(replace(SHAPE, layers=6), 8, pairs=args.pairs)
-    write(args.out, {"setting": setting(), "shape": asdict(SHAPE), "base": BASE, "pieces": pieces, "others": elsewhere})
+    write(
+        args.out,
+        {"setting": setting(), "shape": asdict(SHAPE), "base": BASE, "pieces": pieces, "others": elsewhere},
+    )
 
 
 if __name__ == "__main__":

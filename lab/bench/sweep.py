@@ -91,7 +91,13 @@ def measure(
 
 
 def compared(
-    model: VideoLLM, ready: Ready, cuts: Sequence[Cuts], *, n_naive: int, n_rows: int, clock: Clock = time.process_time
+    model: VideoLLM,
+    ready: Ready,
+    cuts: Sequence[Cuts],
+    *,
+    n_naive: int,
+    n_rows: int,
+    clock: Clock = time.process_time,
 ) -> dict[str, Any]:
     """Times of all cut runs by the fast executor and of some by the naive one, and how far their logits lie apart."""
     chosen = torch.linspace(0, len(cuts) - 1, n_naive).long().tolist()

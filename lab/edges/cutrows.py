@@ -5,14 +5,16 @@ Executors take either a dense mask, bool [q, k] or [head, q, k], or anything wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
+
+from lab.edges.predicates import matches
 
 if TYPE_CHECKING:
     from lab.edges.binding import Bound
@@ -36,6 +38,10 @@ class CutRows(Protocol):
 
     def any(self) -> bool:
         """Whether any edge is removed at all."""
+        ...
+
+    def numel(self) -> int:
+        """Mask cells held all the time."""
         ...
 
 
@@ -70,20 +76,30 @@ def blocks(cut: LayerCut, at: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class Lazy:
-    """What all cuts that are made by rows share: whether they remove anything."""
+    """What all cuts that are made by rows share: whether they remove anything, and how little they hold."""
 
     def any(self) -> bool:
         """Whether any edge is removed at all."""
         made: CutRows = self  # pyright: ignore[reportAssignmentType]
         return any(bool(part.any()) for _, part in blocks(made, torch.arange(made.n_pos)))
 
+    def numel(self) -> int:
+        """Cells held, as a tensor would say: none of the mask's."""
+        return 0
+
 
 @dataclass(frozen=True, eq=False)
 class PairCut(Lazy):
-    """Edges from queries to keys, both given as bool [pos]."""
+    """Edges from queries to keys, both given as bool [pos], where a predicate holds.
+
+    where    a parsed predicate (`lab.edges.predicates`), None: everywhere
+    columns  what it may ask of every position, float [pos]
+    """
 
     q: Bool[Tensor, " pos"]
     k: Bool[Tensor, " pos"]
+    where: Any = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     heads: int = 1
 
     @property
@@ -92,7 +108,11 @@ class PairCut(Lazy):
 
     def rows(self, at: Tensor) -> Bool[Tensor, "1 q k"]:
         q, k = self.q.to(at.device), self.k.to(at.device)
-        return (q[at][:, None] & k[None, :] & _causal(at, self.n_pos))[None]
+        hit = q[at][:, None] & k[None, :] & _causal(at, self.n_pos)
+        if self.where is not None and bool(hit.any()):
+            known = {name: c.to(at.device) for name, c in self.columns.items()}
+            hit = hit & matches(self.where, {name: c[at] for name, c in known.items()}, known)
+        return hit[None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +130,55 @@ class LaterFrames(Lazy):
         frame = self.frame.to(at.device)
         q, k = frame[at][:, None], frame[None, :]
         return ((k >= 0) & (q > k) & _causal(at, self.n_pos))[None]
+
+
+@dataclass(frozen=True, eq=False)
+class Together(Lazy):
+    """Several cuts that all heads share, as one."""
+
+    parts: tuple[CutRows, ...]
+    heads: int = 1
+
+    @property
+    def n_pos(self) -> int:
+        return self.parts[0].n_pos
+
+    def rows(self, at: Tensor) -> Bool[Tensor, "1 q k"]:
+        return torch.stack([part.rows(at) for part in self.parts]).any(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowed(Lazy):
+    """The part of a cut that all heads share in one head of `heads`, and between some queries and keys.
+
+    head   None: in all of them (then `heads` is 1)
+    q, k   bool [pos]; None: between all
+    """
+
+    whole: CutRows
+    head: int | None = None
+    heads: int = 1
+    q: Bool[Tensor, " pos"] | None = None
+    k: Bool[Tensor, " pos"] | None = None
+
+    @property
+    def n_pos(self) -> int:
+        return self.whole.n_pos
+
+    def rows(self, at: Tensor) -> Bool[Tensor, "head q k"]:
+        hit = self.whole.rows(at)
+        hit = hit if self.q is None else hit & self.q.to(at.device)[at][None, :, None]
+        hit = hit if self.k is None else hit & self.k.to(at.device)
+        if self.head is None:
+            return hit
+        out = torch.zeros(self.heads, *hit.shape[1:], dtype=torch.bool, device=at.device)
+        out[self.head] = hit[0]
+        return out
+
+    def any(self) -> bool:
+        """Whether any edge is removed at all."""
+        rows = torch.arange(self.n_pos) if self.q is None else self.q.nonzero().squeeze(1)
+        return any(bool(part.any()) for _, part in blocks(self, rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +212,7 @@ class PolicyCut(Lazy):
         return out
 
     @cached_property
-    def _generated(self) -> Float[Tensor, "head k"] | None:
+    def _generated(self) -> Bool[Tensor, "head k"] | None:
         return self.bound.generated(self.layer)[0]
 
 

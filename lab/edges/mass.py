@@ -123,7 +123,9 @@ class _Sink:
     _values: tuple[Tensor, list[Tensor]] | None = None  # for the key positions they were made for
 
     @staticmethod
-    def over(model: Any, tokens: TokenMap, item: VideoQA | None, segments: Sequence[str] | None, keep: bool) -> _Sink:
+    def over(
+        model: Any, tokens: TokenMap, item: VideoQA | None, segments: Sequence[str] | None, keep: bool
+    ) -> _Sink:
         names = tuple(partition(tokens) if segments is None else segments)
         if not names:
             raise UsageError("no segments given; leave segments out for a partition of the prompt")
@@ -151,9 +153,14 @@ class _Sink:
         beside = self._columns(k_order, query)[0][:, : n + -n % 8]  # kernels like round widths
         z = torch.empty_like(query[0].transpose(0, 1))
         for heads in torch.arange(query.shape[1]).split(_together(query)):
-            q, k, v = (t[0, at.to(t.device)] for t, at in ((query, heads), (key, heads // per), (value, heads // per)))
+            q, k, v = (
+                t[0, at.to(t.device)]
+                for t, at in ((query, heads), (key, heads // per), (value, heads // per))
+            )
             v = torch.cat([v, beside.to(v.dtype).expand(len(heads), -1, -1)], -1)
-            q, k = (torch.nn.functional.pad(t, (0, beside.shape[1])) for t in (q, k))  # zeros add nothing to a score
+            q, k = (
+                torch.nn.functional.pad(t, (0, beside.shape[1])) for t in (q, k)
+            )  # zeros add nothing to a score
             out = _mass(call, q, k, [v], k_order, heads, d**-0.5 if scaling is None else scaling)
             z[:, heads.to(z.device)] = out[..., :d].transpose(0, 1)
             self._note(call, heads, out[..., d : d + n])
@@ -209,7 +216,13 @@ def _room(shape: tuple[int, ...]) -> Tensor:
 
 
 def _mass(
-    call: Call, q: Tensor, k: Tensor, values: list[Tensor], k_order: Tensor, heads: Tensor, scaling: float | None
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    values: list[Tensor],
+    k_order: Tensor,
+    heads: Tensor,
+    scaling: float | None,
 ) -> Float[Tensor, "head q column"]:
     """Of some heads: q and k [head, pos, d_head]."""
     q, k = q.to(values[0].dtype)[None], k.to(values[0].dtype)[None]

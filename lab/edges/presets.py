@@ -182,7 +182,11 @@ def random_pairs(name_or_ratio: str | float, seed: int = 0) -> RandomPairs:
 
 
 def attention_mass(
-    measured: Mass | Sequence[Mass], k: int | None = None, *, share: float | None = None, by_head: bool = False
+    measured: Mass | Sequence[Mass],
+    k: int | None = None,
+    *,
+    share: float | None = None,
+    by_head: bool = False,
 ) -> Policy:
     """Attention-mass top-k: keep the segment edges that are read most, cut the others.
 
@@ -204,14 +208,20 @@ def attention_mass(
     gone = torch.zeros(table.shape, dtype=torch.bool)
     gone.view(-1)[ranked[kept:]] = True
     info = ModelInfo(layers=n_layers, heads=n_heads if by_head else None)
-    notes = f"keeps {kept:,} of {len(ranked):,} segment edges, those with most attention mass in {len(runs)} runs"
-    return Policy(name=f"attention-mass/{kept}", model=info, cuts=_cuts_of(runs[0].names, gone, by_head), notes=notes)
+    notes = (
+        f"keeps {kept:,} of {len(ranked):,} segment edges, those with most attention mass in {len(runs)} runs"
+    )
+    return Policy(
+        name=f"attention-mass/{kept}", model=info, cuts=_cuts_of(runs[0].names, gone, by_head), notes=notes
+    )
 
 
 def _averaged(runs: Sequence[Mass]) -> Tensor:
     """Mean mass of the runs, [layer, head, query, key]; layers without attention have none."""
     if not runs:
-        raise UsageError("attention-mass needs at least one measured run: lab.edges.segment_mass(model, ready)")
+        raise UsageError(
+            "attention-mass needs at least one measured run: lab.edges.segment_mass(model, ready)"
+        )
     names, shape = runs[0].names, runs[0].sums.shape
     for run in runs[1:]:
         if run.names != names or run.sums.shape != shape:
@@ -238,7 +248,9 @@ def _ranked(table: Tensor) -> Tensor:
 
 def _top(table: Tensor, ranked: Tensor, k: int | None, share: float | None) -> int:
     if (k is None) == (share is None):
-        raise UsageError("attention-mass takes k= (segment edges kept) or share= (of all mass), one of the two")
+        raise UsageError(
+            "attention-mass takes k= (segment edges kept) or share= (of all mass), one of the two"
+        )
     if k is not None:
         if isinstance(k, bool) or not 0 <= k <= len(ranked):
             raise UsageError(f"k={k}: there are {len(ranked)} segment edges; keep 0 to {len(ranked)}")

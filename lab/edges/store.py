@@ -158,7 +158,11 @@ class _Kept:
 def _recorded(model: Any, door: Door, budget: int | None) -> _Kept:
     """A clean run onto the shelves. Where memory runs out on the way, once more with everything put aside."""
     room = budget_of(budget, door.embeds.device)
-    kv = door.embeds.element_size() * door.embeds.shape[1] * sum(2 * p.n_kv_heads * p.d_head for p in model.parts)
+    kv = (
+        door.embeds.element_size()
+        * door.embeds.shape[1]
+        * sum(2 * p.n_kv_heads * p.d_head for p in model.parts)
+    )
     try:
         return _run_clean(model, door, _Kept(max(0, room - kv), min(room, kv)))
     except (RuntimeError, MemoryError) as e:

@@ -103,7 +103,9 @@ def _attend(
 def _allowed(call: Call, query: Tensor, k_order: Tensor) -> tuple[Tensor, Tensor | None]:
     """Bool keep [world|1, head|1, q, k] and a float bias of such a shape or None."""
     order = call.side.order.to(query.device)
-    return with_edges(call, base_keep(call, k_order, query.device), order, k_order.to(query.device), query.dtype)
+    return with_edges(
+        call, base_keep(call, k_order, query.device), order, k_order.to(query.device), query.dtype
+    )
 
 
 def with_edges(
