@@ -11,7 +11,6 @@ import torch
 from lab.edges import fast, presets, shelf
 from lab.edges.closure import closure_of
 from lab.edges.cutrows import Narrowed, PairCut, PolicyCut, Together, policy_cuts, rows_of
-from lab.edges.dense import run_dense
 from lab.edges.fast import run_cut
 from lab.edges.pathcuts import pathway_cut
 from lab.edges.pathways import cut_mask

@@ -144,11 +144,11 @@ def test_hybrid_decoders_padding_and_sliding_windows():
     sliding = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
     model = wrap(families.build("internvl", text_config=sliding))
     padded = {k: v[1:] for k, v in families.inputs("llava_onevision", worlds=2, pad=3).items()}
-    for model, x in ((model, families.inputs("internvl")), (wrap(families.build("llava_onevision")), padded)):
-        ready = model.prepare_inputs(**x)
+    for some, x in ((model, families.inputs("internvl")), (wrap(families.build("llava_onevision")), padded)):
+        ready = some.prepare_inputs(**x)
         names = partition(ready.tokens)
         assert "pad" not in names
-        assert (segment_mass(model, ready).mean - by_pattern(model, ready, names)[1]).abs().max() <= 1e-6
+        assert (segment_mass(some, ready).mean - by_pattern(some, ready, names)[1]).abs().max() <= 1e-6
 
 
 def test_a_detour_that_shortens_the_stream(wrapped):

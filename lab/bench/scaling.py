@@ -148,12 +148,11 @@ def _transformer_lens(
 
 
 def _nnsight(model: VideoLLM, ready: Ready, layers: Sequence[int], cut: Tensor) -> Tensor:
-    with torch.no_grad(), tracing(model) as n:
-        with n.trace(ready, look=list(layers)):
-            for i in layers:
-                point = n.blocks[i].attn.hook_attn_scores
-                point.output = point.output.masked_fill(cut, NEG)
-            logits = n.output.save()
+    with torch.no_grad(), tracing(model) as n, n.trace(ready, look=list(layers)):
+        for i in layers:
+            point = n.blocks[i].attn.hook_attn_scores
+            point.output = point.output.masked_fill(cut, NEG)
+        logits = n.output.save()
     return logits
 
 
