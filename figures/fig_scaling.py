@@ -80,7 +80,7 @@ def draw(data: dict[str, Any]) -> Figure:
         elsewhere(axes[3], data["others"])
         base, text = data["base"], data["pieces"]["windows"][0]["positions"]
         fig.supxlabel(
-            f"Ten text pathways, d 512; unless it grows: {text:,} positions, {base['layers']} layers, {base['windows']} windows of a third of "
+            f"Ten text pathways, d {data['shape']['d']}; unless it grows: {text:,} positions, {base['layers']} layers, {base['windows']} windows of a third of "
             "the layers (all of them where layers grow).\nCPU time of one thread; of the naive points some are timed in the same run, and scaled.",
             fontsize=8, color="#555555", x=0.01, ha="left",
         )  # fmt: skip

@@ -195,13 +195,15 @@ def test_a_file_of_a_shelf_goes_with_it_and_a_full_disk_is_told(monkeypatch):
     held = shelf.Shelf(0)
     held.put(torch.arange(6.0))
     folder = held._folder
-    assert folder is not None and len(list(shelf.Path(folder.name).iterdir())) == 1
+    assert folder is not None and len(list(folder.iterdir())) == 1
     assert torch.equal(held[0], torch.arange(6.0)) and torch.equal(
         held.rows(0, torch.tensor([4])), torch.tensor([4.0])
     )
-    path = shelf.Path(folder.name)
-    del held, folder
-    assert not path.exists()
+    half = torch.arange(5).to(torch.bfloat16)
+    held.put(half[1:])
+    assert torch.equal(held[1], half[1:]) and held.aside == 24 + 8
+    del held
+    assert not folder.exists()
     monkeypatch.setattr(shelf.shutil, "disk_usage", lambda where: type("U", (), {"free": 3}))
     with pytest.raises(TooBig, match="24 bytes does not fit .* 3 free"):
         shelf.Shelf(0).put(torch.arange(6.0))

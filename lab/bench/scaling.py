@@ -2,7 +2,7 @@
 
     python -m lab.bench.scaling --out scaling.json          then: python -m figures.fig_scaling
 
-The decoder of `lab.bench.sweep` (d 512, 8 heads, 2 of keys, MLP 2,048) and its ten text pathways. Fast is the stored
+The decoder of `lab.bench.sweep` (8 heads, 2 of keys, MLP of 4 d; --d gives its width) and its ten text pathways. Fast is the stored
 clean run and all points from it; naive one SDPA forward with a dense mask per point, of which some are timed in the same
 run and scaled. `pieces` names what grows; everything else stays as `BASE` says. CPU time of one thread.
 
@@ -160,15 +160,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Cost of knock-outs as prompts, models and sweeps grow.")
     parser.add_argument("--naive", type=int, default=3, help="how many of the naive points are timed")
     parser.add_argument("--pairs", type=int, default=3, help="rounds of the comparison with other tools")
+    parser.add_argument("--d", type=int, default=SHAPE.d, help="width of the decoder, a multiple of 64")
     parser.add_argument("--out", help="json file; standard output if absent")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    shape = replace(SHAPE, d=args.d, mlp=4 * args.d)
     with torch.no_grad():
-        pieces = {w: [grown(w, v, shape=SHAPE, n_naive=args.naive) for v in at] for w, at in PIECES.items()}
-        elsewhere = others(replace(SHAPE, layers=6), 8, pairs=args.pairs)
+        pieces = {w: [grown(w, v, shape=shape, n_naive=args.naive) for v in at] for w, at in PIECES.items()}
+        elsewhere = others(replace(shape, layers=6), 8, pairs=args.pairs)
     write(
         args.out,
-        {"setting": setting(), "shape": asdict(SHAPE), "base": BASE, "pieces": pieces, "others": elsewhere},
+        {"setting": setting(), "shape": asdict(shape), "base": BASE, "pieces": pieces, "others": elsewhere},
     )
 
 

@@ -113,7 +113,8 @@ class Packed:
         return merge(own, own_lse, old.unflatten(1, (g, worlds)), old_lse.unflatten(1, (g, worlds)))
 
     def _part(self, group: Group, block: slice, n_pos: int, device: torch.device) -> _Part:
-        key = (group.rows.numpy().tobytes(), block.start, None if group.cut is None else id(group.cut))
+        cut = None if group.cut is None else id(group.cut)
+        key = (group.rows.numpy().tobytes(), block.start, cut, device)
         if key not in self.parts:
             self.parts[key] = _part(group, block, n_pos, device)
         return self.parts[key]

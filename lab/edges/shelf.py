@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -31,7 +32,7 @@ class Shelf(Sequence[Tensor]):
         self._held: list[Tensor] = []
         self._device: list[torch.device] = []
         self._is_aside: list[bool] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
 
     @classmethod
     def holding(cls, tensors: Iterable[Tensor]) -> Shelf:
@@ -68,15 +69,15 @@ class Shelf(Sequence[Tensor]):
     def _mapped(self, tensor: Tensor, i: int) -> Tensor:
         """A copy in a file of this shelf's own folder, which goes when the shelf goes."""
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="lab-store-", ignore_cleanup_errors=True)
-        free = shutil.disk_usage(self._folder.name).free
+            self._folder = Path(tempfile.mkdtemp(prefix="lab-store-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        free = shutil.disk_usage(self._folder).free
         if tensor.nbytes > free:  # writing on into a full disk would kill the process
             raise TooBig(
-                f"a stored layer of {tensor.nbytes:,} bytes does not fit on the disk of {self._folder.name}, which has "
+                f"a stored layer of {tensor.nbytes:,} bytes does not fit on the disk of {self._folder}, which has "
                 f"{free:,} free; use fewer frames, or set TMPDIR to a larger disk"
             )
-        path = str(Path(self._folder.name) / str(i))
-        mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        mapped = torch.from_file(str(self._folder / str(i)), shared=True, size=tensor.numel(), dtype=tensor.dtype)
         return mapped.view(tensor.shape).copy_(tensor)
 
     @overload
