@@ -10,12 +10,11 @@ import torch
 
 from lab.edges import fast, presets, shelf
 from lab.edges.closure import closure_of
-from lab.edges.cutrows import Narrowed, PairCut, PolicyCut, Together, policy_cuts, rows_of
+from lab.edges.cutrows import PolicyCut, policy_cuts, rows_of
 from lab.edges.fast import run_cut
 from lab.edges.pathcuts import pathway_cut
 from lab.edges.pathways import cut_mask
 from lab.edges.policy import Policy
-from lab.edges.predicates import parse_where
 from lab.edges.store import Store
 from lab.edges.sweeping import sweep
 from lab.errors import RunError, TooBig, UsageError
@@ -55,29 +54,6 @@ def test_a_pathway_by_rows_is_its_mask(pathway, wrapped):
         assert torch.equal(cut.rows(torch.tensor([i]))[0, 0], square[i])
     assert torch.equal(rows_of(square, torch.tensor([5, 2])), rows_of(cut, torch.tensor([5, 2])))
     assert cut.any() == bool(square.any()) and not bool(square.triu(1).any())
-
-
-def test_cuts_put_together_and_narrowed(wrapped):
-    """Against masks put together by hand: a union, a predicate, one head, between two frames."""
-    tokens = (
-        wrapped("llava_next_video").prepare_inputs(**families.inputs("llava_next_video", frames=4)).tokens
-    )
-    n, at = len(tokens), torch.tensor([40, 3, 17, 44, 21])
-    cross, text = (cut_mask(tokens, p) for p in ("cross-frame", "video->text"))
-    frame = tokens.frame
-    lazy = [pathway_cut(tokens, p) for p in ("cross-frame", "video->text")]
-    both = Together(tuple(lazy))
-    assert torch.equal(both.rows(at)[0], (cross | text)[at])
-    q, k = frame == 3, frame == 1
-    pair = Narrowed(lazy[0], q=q, k=k)
-    assert torch.equal(pair.rows(at)[0], (cross & q[:, None] & k)[at]) and pair.any()
-    assert not Narrowed(lazy[0], q=k, k=q).any() and not Narrowed(lazy[1], q=q).any()
-    head = Narrowed(both, head=2, heads=4).rows(at)
-    assert torch.equal(head[2], (cross | text)[at]) and not head[[0, 1, 3]].any() and head.shape[0] == 4
-    every = torch.ones(n, dtype=torch.bool)
-    near = PairCut(every, every, parse_where("pos(q) - pos(k) > 30"), {"pos": torch.arange(n).double()})
-    distance = torch.arange(n)[:, None] - torch.arange(n)
-    assert torch.equal(near.rows(at)[0], (distance > 30)[at]) and near.numel() == 0
 
 
 CUTS = (

@@ -5,16 +5,14 @@ Executors take either a dense mask, bool [q, k] or [head, q, k], or anything wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-
-from lab.edges.predicates import matches
 
 if TYPE_CHECKING:
     from lab.edges.binding import Bound
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 CELLS = 1 << 20  # masks are made and looked at in blocks of at most so many head x query x key cells
 
 
-@runtime_checkable
 class CutRows(Protocol):
     """The removed edges of one layer. `n_pos` positions; `heads` is 1 where all heads lose the same."""
 
@@ -38,10 +35,6 @@ class CutRows(Protocol):
 
     def any(self) -> bool:
         """Whether any edge is removed at all."""
-        ...
-
-    def numel(self) -> int:
-        """Mask cells held all the time."""
         ...
 
 
@@ -76,30 +69,20 @@ def blocks(cut: LayerCut, at: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class Lazy:
-    """What all cuts that are made by rows share: whether they remove anything, and how little they hold."""
+    """What all cuts that are made by rows share: whether they remove anything."""
 
     def any(self) -> bool:
         """Whether any edge is removed at all."""
         made: CutRows = self  # pyright: ignore[reportAssignmentType]
         return any(bool(part.any()) for _, part in blocks(made, torch.arange(made.n_pos)))
 
-    def numel(self) -> int:
-        """Cells held, as a tensor would say: none of the mask's."""
-        return 0
-
 
 @dataclass(frozen=True, eq=False)
 class PairCut(Lazy):
-    """Edges from queries to keys, both given as bool [pos], where a predicate holds.
-
-    where    a parsed predicate (`lab.edges.predicates`), None: everywhere
-    columns  what it may ask of every position, float [pos]
-    """
+    """Edges from queries to keys, both given as bool [pos]."""
 
     q: Bool[Tensor, " pos"]
     k: Bool[Tensor, " pos"]
-    where: Any = None
-    columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     heads: int = 1
 
     @property
@@ -108,11 +91,7 @@ class PairCut(Lazy):
 
     def rows(self, at: Tensor) -> Bool[Tensor, "1 q k"]:
         q, k = self.q.to(at.device), self.k.to(at.device)
-        hit = q[at][:, None] & k[None, :] & _causal(at, self.n_pos)
-        if self.where is not None and bool(hit.any()):
-            known = {name: c.to(at.device) for name, c in self.columns.items()}
-            hit = hit & matches(self.where, {name: c[at] for name, c in known.items()}, known)
-        return hit[None]
+        return (q[at][:, None] & k[None, :] & _causal(at, self.n_pos))[None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,55 +109,6 @@ class LaterFrames(Lazy):
         frame = self.frame.to(at.device)
         q, k = frame[at][:, None], frame[None, :]
         return ((k >= 0) & (q > k) & _causal(at, self.n_pos))[None]
-
-
-@dataclass(frozen=True, eq=False)
-class Together(Lazy):
-    """Several cuts that all heads share, as one."""
-
-    parts: tuple[CutRows, ...]
-    heads: int = 1
-
-    @property
-    def n_pos(self) -> int:
-        return self.parts[0].n_pos
-
-    def rows(self, at: Tensor) -> Bool[Tensor, "1 q k"]:
-        return torch.stack([part.rows(at) for part in self.parts]).any(0)
-
-
-@dataclass(frozen=True, eq=False)
-class Narrowed(Lazy):
-    """The part of a cut that all heads share in one head of `heads`, and between some queries and keys.
-
-    head   None: in all of them (then `heads` is 1)
-    q, k   bool [pos]; None: between all
-    """
-
-    whole: CutRows
-    head: int | None = None
-    heads: int = 1
-    q: Bool[Tensor, " pos"] | None = None
-    k: Bool[Tensor, " pos"] | None = None
-
-    @property
-    def n_pos(self) -> int:
-        return self.whole.n_pos
-
-    def rows(self, at: Tensor) -> Bool[Tensor, "head q k"]:
-        hit = self.whole.rows(at)
-        hit = hit if self.q is None else hit & self.q.to(at.device)[at][None, :, None]
-        hit = hit if self.k is None else hit & self.k.to(at.device)
-        if self.head is None:
-            return hit
-        out = torch.zeros(self.heads, *hit.shape[1:], dtype=torch.bool, device=at.device)
-        out[self.head] = hit[0]
-        return out
-
-    def any(self) -> bool:
-        """Whether any edge is removed at all."""
-        rows = torch.arange(self.n_pos) if self.q is None else self.q.nonzero().squeeze(1)
-        return any(bool(part.any()) for _, part in blocks(self, rows))
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,7 +77,9 @@ class Shelf(Sequence[Tensor]):
                 f"a stored layer of {tensor.nbytes:,} bytes does not fit on the disk of {self._folder}, which has "
                 f"{free:,} free; use fewer frames, or set TMPDIR to a larger disk"
             )
-        mapped = torch.from_file(str(self._folder / str(i)), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        mapped = torch.from_file(
+            str(self._folder / str(i)), shared=True, size=tensor.numel(), dtype=tensor.dtype
+        )
         return mapped.view(tensor.shape).copy_(tensor)
 
     @overload
