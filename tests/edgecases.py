@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lab.carriers import TokenMap
 from tests import families
@@ -114,3 +115,18 @@ def attention_only_in(model: Any, layer: int) -> Iterator[None]:
         with torch.no_grad():
             for p, weight in zip(model.parts, saved, strict=True):
                 p.attn.o_proj.weight.copy_(weight)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of any tensor that an operation returns (views aside)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor) and t._base is None and not func.is_view:
+                self.numel = max(self.numel, t.numel())
+        return out

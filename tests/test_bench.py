@@ -110,6 +110,23 @@ def test_gpu_bench_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "all checks hold" in capsys.readouterr().out
 
 
+def test_gpu_sweep_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both dtypes on a small model: numbers agree in float32, and in bfloat16 to within what rounding does."""
+    assert gpu.main(["--sweep", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    tables = json.loads((tmp_path / "gpu_sweep.json").read_text(encoding="utf-8"))["tables"]
+    assert [k.split(", ")[1] for k in tables] == ["bfloat16", "float32"]
+    for name, row in tables.items():
+        assert row["text pathways"]["fallbacks"] == row["store_bytes_aside"] == 0
+        for found in row["noise"].values():
+            assert (
+                found["fast - naive"] <= (1e-5 if "float32" in name else found["effect"])
+                and found["effect"] > 0.01
+            )
+    assert "across frames" in capsys.readouterr().out
+    assert gpu.main(["--sweep", "--shapes", "gpt", "--device", "cpu"]) == 2
+    assert "no gpt; there are llama-7b" in capsys.readouterr().err
+
+
 def test_gpu_bench_names_the_wheels_it_lacks() -> None:
     code = (
         "import sys, importlib.util as u\nfind = u.find_spec\n"

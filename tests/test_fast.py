@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lab.edges import packed
 from lab.edges.closure import closure_of
@@ -265,26 +264,11 @@ def test_no_tensor_of_positions_by_positions(cells, wrapped, monkeypatch):
     half = torch.arange(length // 2, length)
     cut = edgecases.rectangle(half, torch.arange(0, length // 2, 2), length)
     store = Store.of(model, ready)
-    with Largest() as largest:
+    with edgecases.Largest() as largest:
         fast = run_cut(model, store, [{1: cut, 2: cut}])
     if cells is None:
         assert length < largest.numel < length * length / 4
     assert (fast[0] - run_dense(model, ready, {1: cut, 2: cut})[0]).abs().max() <= 1e-5
-
-
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns (views of the caller's masks aside)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(t, torch.Tensor) and t._base is None and not func.is_view:
-                self.numel = max(self.numel, t.numel())
-        return out
 
 
 # ---- the building blocks ----------------------------------------------------------------------------------------------

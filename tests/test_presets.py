@@ -157,7 +157,7 @@ def test_counting_a_few_rows_at_a_time_says_the_same(monkeypatch):
     tokens = read_layout("9,4x5,6,4")
     policies = [presets.paper("7b"), presets.video_exit(9, 32), presets.random_pairs(0.3)]
     whole = [p.count(tokens, 32) for p in policies]
-    monkeypatch.setattr(counting, "CHUNK", 7)
+    monkeypatch.setattr(counting, "CELLS", 7 * 39)
     assert [p.count(tokens, 32) for p in policies] == whole
 
 

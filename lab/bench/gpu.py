@@ -2,11 +2,12 @@
 
     python -m lab.bench.gpu --out DIR                          7B shapes, random weights, made on the device
     python -m lab.bench.gpu --quick --device cpu --out DIR     the same checks on a small model: a smoke test
+    python -m lab.bench.gpu --sweep --out DIR                  the cost of knock-out sweeps instead (`lab.bench.gpu_sweep`)
 
 Runs where there is only torch and transformers (5.17 and newer, with numpy, pyarrow, pandas, jaxtyping, psutil, as CUDA
 images bring them). Beside them it needs these wheels, all pure Python but xxhash, installed without their requirements:
 transformer-lens, datasets, multiprocess, dill, xxhash. (transformer-lens imports datasets, datasets the rest.)
-Writes gpu.json and prints a table.
+Writes gpu.json (gpu_sweep.json) and prints a table.
 """
 
 from __future__ import annotations
@@ -47,6 +48,13 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=32, help="frames of the long video (default 32)")
     parser.add_argument("--new", type=int, default=64, help="new tokens that are timed (default 64)")
     parser.add_argument("--flex", action="store_true", help="also try flex_attention (compiles for minutes)")
+    sweeps = parser.add_argument_group("with --sweep")
+    sweeps.add_argument("--sweep", action="store_true", help="time knock-out sweeps, and nothing else")
+    sweeps.add_argument("--shapes", nargs="*", default=[], help="llama-7b, qwen2.5-vl-7b (default both)")
+    sweeps.add_argument(
+        "--lengths", nargs="*", type=int, default=[], help="1267, 3251, 6387, 12659 (default all)"
+    )
+    sweeps.add_argument("--dtypes", nargs="*", default=[], help="bfloat16, float32 (default both)")
     given = parser.parse_args(args)
     wheels = missing()
     if wheels:
@@ -65,6 +73,8 @@ def _run(given: argparse.Namespace) -> int:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         print(f"torch {torch.__version__} sees no CUDA device; give --device cpu --quick", file=sys.stderr)
         return 2
+    if given.sweep:
+        return _sweep(device, given)
     result = gpu_checks.run(
         device, quick=given.quick, layers=given.layers, frames=given.frames, new=given.new, flex=given.flex
     )
@@ -74,6 +84,21 @@ def _run(given: argparse.Namespace) -> int:
     bad = [r for r in result["rows"] if r["holds"] is False]
     print(f"{len(bad)} of {len(result['rows'])} checks failed" if bad else "all checks hold")
     return int(bool(bad))
+
+
+def _sweep(device: str, given: argparse.Namespace) -> int:
+    from lab.bench import gpu_sweep
+
+    kinds = (("--shapes", given.shapes, gpu_sweep.SHAPES), ("--lengths", given.lengths, gpu_sweep.LENGTHS), ("--dtypes", given.dtypes, gpu_sweep.DTYPES))  # fmt: skip
+    for flag, asked, known in kinds:
+        wrong = [str(a) for a in asked if a not in known]
+        if wrong:
+            print(f"{flag}: no {', '.join(wrong)}; there are {', '.join(map(str, known))}", file=sys.stderr)
+            return 2
+    found = gpu_sweep.run(
+        device, given.out, quick=given.quick, shapes=given.shapes, lengths=given.lengths, dtypes=given.dtypes
+    )
+    return int(any("no room" in row for row in found.values()))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,15 +25,17 @@ import torch
 from lab.bench import models
 from lab.bench.measuring import median_ratio, paired, peak_bytes, setting, write
 from lab.carriers import Frames, VideoQA
+from lab.edges.closure import Cuts
 from lab.edges.dense import run_dense
 from lab.edges.fast import ROWS, run_cut
-from lab.edges.pathways import cut_mask
+from lab.edges.pathrows import path_rows
 from lab.edges.store import Store
 from lab.edges.sweeping import WINDOW, Sweep, layers_of
 from lab.model.ready import Ready
 from lab.model.videollm import VideoLLM
 from lab.model.zoo import wrap
 
+Clock = Callable[[], float]
 BEFORE, TEXT = 51, 63
 PATHWAYS = (
     "video->question+option", "video->last", "question+option->last", "last->last", "question->last",
@@ -61,10 +63,11 @@ def prompt(model: VideoLLM, shape: models.Shape, frames: int) -> Ready:
     return ready
 
 
-def seconds(work: Any) -> tuple[float, Any]:
-    start = time.process_time()
+def seconds(work: Callable[[], Any], clock: Clock = time.process_time) -> tuple[float, Any]:
+    """How long it takes, and what it returns."""
+    start = clock()
     found = work()
-    return time.process_time() - start, found
+    return clock() - start, found
 
 
 def measure(
@@ -75,27 +78,44 @@ def measure(
     ready = prompt(model, shape, frames)
     model.see(ready)  # the tower runs once for either
     n, what = shape.layers, Sweep(tuple(pathways))
-    masks = {p: cut_mask(ready.tokens, p, ready.item) for p in pathways}
+    masks = {p: path_rows(ready.tokens, p, ready.item) for p in pathways}
     cuts = [dict.fromkeys(what.layers(c, n), masks[p]) for p in pathways for c in range(n)]
+    found = compared(model, ready, cuts, n_naive=n_naive, n_rows=n_rows)
+    store = Store.of(model, ready)
+    return {
+        "pathways": list(pathways), **found, "n_rows": n_rows,
+        "store_bytes": sum(t.nbytes for t in (*store.resid, *store.keys, *store.values)),
+        "peak_bytes": peak_bytes(lambda: run_cut(model, store, cuts, n_rows=n_rows)),
+        "one": _one(model, ready, store),
+    }  # fmt: skip
+
+
+def compared(
+    model: VideoLLM,
+    ready: Ready,
+    cuts: Sequence[Cuts],
+    *,
+    n_naive: int,
+    n_rows: int,
+    clock: Clock = time.process_time,
+) -> dict[str, Any]:
+    """Times of all cut runs by the fast executor and of some by the naive one, and how far their logits lie apart."""
     chosen = torch.linspace(0, len(cuts) - 1, n_naive).long().tolist()
     run_dense(model, ready, cuts[0])  # warm
-    early = [seconds(lambda i=i: run_dense(model, ready, cuts[i])) for i in chosen[: n_naive // 2]]
-    store_s, store = seconds(lambda: Store.of(model, ready))
-    fast_s, fast = seconds(lambda: run_cut(model, store, cuts, n_rows=n_rows))
+    early = [seconds(lambda i=i: run_dense(model, ready, cuts[i]), clock) for i in chosen[: n_naive // 2]]
+    store_s, store = seconds(lambda: Store.of(model, ready), clock)
+    fast_s, fast = seconds(lambda: run_cut(model, store, cuts, n_rows=n_rows), clock)
     spent = store.ledger
-    late = [seconds(lambda i=i: run_dense(model, ready, cuts[i])) for i in chosen[n_naive // 2 :]]
+    late = [seconds(lambda i=i: run_dense(model, ready, cuts[i]), clock) for i in chosen[n_naive // 2 :]]
     point_s = sum(t for t, _ in early + late) / n_naive
     reference = torch.cat([logits for _, logits in early + late])
     return {
-        "positions": ready.n_pos, "points": len(cuts), "naive_points": n_naive, "pathways": list(pathways),
-        "naive_s_per_point": round(point_s, 3), "naive_s_scaled": round(point_s * len(cuts), 1),
-        "store_s": round(store_s, 3), "fast_s": round(fast_s, 3),
+        "positions": ready.n_pos, "points": len(cuts), "naive_points": n_naive,
+        "naive_s_per_point": round(point_s, 4), "naive_s_scaled": round(point_s * len(cuts), 2),
+        "store_s": round(store_s, 4), "fast_s": round(fast_s, 4),
         "ratio": round(point_s * len(cuts) / (store_s + fast_s), 1), "ledger": spent.plain(),
         "fallbacks": store.work.fallbacks, "max_difference": float((fast[chosen] - reference).abs().max()),
-        "mean_change": float((fast - store.clean(model)).abs().amax((1, 2)).mean()), "n_rows": n_rows,
-        "store_bytes": sum(t.numel() * t.element_size() for t in (*store.resid, *store.keys, *store.values)),
-        "peak_bytes": peak_bytes(lambda: run_cut(model, store, cuts, n_rows=n_rows)),
-        "one": _one(model, ready, store),
+        "mean_change": float((fast - store.clean(model)).abs().amax((1, 2)).mean()),
     }  # fmt: skip
 
 

@@ -91,9 +91,12 @@ def presets_known() -> Reply:
             rows.append((f"{model}/{style}", found.n_layers, layout, *shares))
     head = ("preset", "layers", "layout", "kept", "kept live")
     tail = f"Also: {', '.join(n for n in presets.known() if n.partition('/')[0] not in presets.FLOWS)} (with --layers)."
+    made = "In Python, as lab.edges.presets.NAME(...):\n" + table(
+        ("name", "what it is"), list(presets.MADE.items())
+    )
     data = [dict(zip(("name", "layers", "layout", "kept", "kept_live"), r, strict=True)) for r in rows]
     shown = [(*row[:3], *map(_percent, row[3:])) for row in rows]
-    return Reply(data, "\n".join([table(head, shown), "", tail]))
+    return Reply(data, "\n".join([table(head, shown), "", tail, "", made]))
 
 
 def schema() -> Reply:

@@ -16,7 +16,9 @@ _SURFACE = {
     "Cut": ("lab.edges.cuts", "Cut"),
     "Policy": ("lab.edges.policy", "Policy"),
     "Count": ("lab.edges.counting", "Count"),
+    "Mass": ("lab.edges.mass", "Mass"),
     "presets": ("lab.edges.presets", ""),
+    "segment_mass": ("lab.edges.mass", "segment_mass"),
     "sweep": ("lab.edges.sweeping", "sweep"),
 }
 
@@ -24,10 +26,11 @@ if TYPE_CHECKING:
     from lab.edges import presets
     from lab.edges.counting import Count
     from lab.edges.cuts import Cut
+    from lab.edges.mass import Mass, segment_mass
     from lab.edges.policy import Policy
     from lab.edges.sweeping import sweep
 
-__all__ = ["Count", "Cut", "Policy", "presets", "sweep"]
+__all__ = ["Count", "Cut", "Mass", "Policy", "presets", "segment_mass", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

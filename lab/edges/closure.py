@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from lab.edges.cutrows import LayerCut, blocks, length_of
 from lab.errors import UsageError
 
-# layer -> True where an edge is removed, [q, k] for all heads or [head, q, k]
-Cuts = Mapping[int, Tensor]
-CELLS = 1 << 20  # masks are looked at in blocks of at most so many query x key cells
+# layer -> True where an edge is removed: [q, k] for all heads, [head, q, k], or made by rows (`lab.edges.cutrows`)
+Cuts = Mapping[int, LayerCut]
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,14 @@ def closure_of(
     return Closure(_dirty(touched, n_pos, n_layers), _live(cuts, touched, n_pos, n_layers, read))
 
 
-def touched_rows(cut: Tensor) -> Bool[Tensor, " pos"]:
+def touched_rows(cut: LayerCut) -> Bool[Tensor, " pos"]:
     """Rows that lose an edge they had, in some head (keys after the query were never there)."""
-    at, size = torch.arange(cut.shape[-1], device=cut.device), max(1, CELLS // cut.shape[-1])
-    found = [_lost(rows, cut, at) for rows in at.split(size)]
-    return torch.cat(found).cpu()
+    at = torch.arange(length_of(cut))
+    return torch.cat([_lost(rows, part, at) for rows, part in blocks(cut, at)])
 
 
-def _lost(rows: Tensor, cut: Tensor, at: Tensor) -> Tensor:
-    hit = (cut[..., rows, :] & (at[None, :] <= rows[:, None])).any(-1)
-    return hit if hit.ndim == 1 else hit.any(0)
+def _lost(rows: Tensor, removed: Tensor, at: Tensor) -> Tensor:
+    return (removed & (at[None, :] <= rows[:, None])).any(-1).any(0)
 
 
 def _dirty(touched: Mapping[int, Tensor], n_pos: int, n_layers: int) -> tuple[Tensor, ...]:
@@ -118,23 +116,30 @@ def _live(
     return tuple(live)
 
 
-def _read_by(cut: Tensor, rows: Tensor) -> Tensor:
+def _read_by(cut: LayerCut, rows: Tensor) -> Tensor:
     """Keys that some of the rows read in some head after the cut."""
-    at, size = torch.arange(cut.shape[-1], device=cut.device), max(1, CELLS // cut.shape[-1])
-    seen = torch.zeros(len(at), dtype=torch.bool, device=cut.device)
-    for some in rows.to(cut.device).split(size):
-        removed = cut[..., some, :]
-        removed = removed if removed.ndim == 2 else removed.all(0)
-        seen |= ((at[None, :] <= some[:, None]) & ~removed).any(0)
-    return seen.cpu()
+    at = torch.arange(length_of(cut))
+    seen = torch.zeros(len(at), dtype=torch.bool)
+    for some, removed in blocks(cut, rows):
+        seen |= ((at[None, :] <= some[:, None]) & ~removed.all(0)).any(0)
+    return seen
 
 
 def _check(cuts: Cuts, n_pos: int, n_layers: int) -> None:
     for layer, cut in cuts.items():
         if not 0 <= layer < n_layers:
             raise UsageError(f"no layer {layer + 1} (blocks.{layer}): the model has layers 1..{n_layers}")
-        if cut.dtype != torch.bool or cut.ndim not in (2, 3) or tuple(cut.shape[-2:]) != (n_pos, n_pos):
+        if not isinstance(cut, Tensor):
+            _check_length(layer, cut, n_pos)
+        elif cut.dtype != torch.bool or cut.ndim not in (2, 3) or tuple(cut.shape[-2:]) != (n_pos, n_pos):
             raise UsageError(
                 f"the cut of layer {layer + 1} (blocks.{layer}) is {cut.dtype} {tuple(cut.shape)}; expected bool "
                 f"[{n_pos}, {n_pos}] or [head, {n_pos}, {n_pos}], True where an edge is removed"
             )
+
+
+def _check_length(layer: int, cut: LayerCut, n_pos: int) -> None:
+    if length_of(cut) != n_pos:
+        raise UsageError(
+            f"the cut of layer {layer + 1} (blocks.{layer}) is for {length_of(cut)} positions, the prompt has {n_pos}"
+        )

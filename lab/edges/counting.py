@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lab.edges.binding import Bound
 
 
-CHUNK = 2048  # rows counted at once
+CELLS = 1 << 20  # rows are counted in blocks of at most so many query x key cells
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,18 @@ class _Grid:
 
     def __init__(self, bound: Bound) -> None:
         self.bound = bound
+        self.block = max(1, CELLS // max(1, bound.n))
 
     def pairs(self, rows: Tensor, video: Tensor) -> tuple[int, int]:
         """Causal pairs with these queries: all, and those whose key is a video token."""
-        parts = [self.bound.exists(chunk) for chunk in rows.split(CHUNK)]
-        return sum(int(p.sum()) for p in parts), sum(int(p[:, video].sum()) for p in parts)
+        parts = (self.bound.exists(chunk) for chunk in rows.split(self.block))
+        found = [(int(p.sum()), int(p[:, video].sum())) for p in parts]
+        return sum(n for n, _ in found), sum(n for _, n in found)
 
     def layer(self, layer: int, matters: Tensor, video: Tensor) -> _Layer:
         """One layer's sums, given the rows whose output matters, and the rows that matter below it."""
         below, kept, live, reads = matters.clone(), 0, 0, 0
-        for rows in torch.arange(self.bound.n).split(CHUNK):
+        for rows in torch.arange(self.bound.n).split(self.block):
             edges = self._kept(layer, rows)
             alive = edges[:, matters[rows]]
             kept += self._sum(edges)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lab.carriers import VideoQA
 from lab.edges.closure import Cuts
+from lab.edges.cutrows import LayerCut, rows_of
 from lab.model.reading import Read
 from lab.model.ready import Ready
 from lab.model.run import Edges
@@ -23,11 +24,14 @@ class _Nothing:
         return {}
 
 
-def dense_edges(cut: Tensor) -> Edges:
+def dense_edges(cut: LayerCut) -> Edges:
     """The edges a mask keeps, as the model asks for them. `cut` is [q, k] or [head, q, k], True where one is removed.
 
-    Generated rows follow the last prompt row, and read each other.
+    Generated rows follow the last prompt row, and read each other. A cut made by rows is made dense: here is the
+    reference.
     """
+    if not isinstance(cut, Tensor):
+        cut = rows_of(cut, torch.arange(cut.n_pos))
     n = cut.shape[-1]
 
     def keep(q: Tensor, k: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +55,14 @@ class RandomPairs:
         maps = [tokens] if isinstance(tokens, TokenMap) else list(tokens)
         return edges_of([self.bind(t, sizes.n_layers, sizes.n_heads, item) for t in maps])
 
+    def executor(self, name: str) -> Callable[..., Tensor]:
+        """As `Policy.executor`."""
+        return Policy(cuts=()).executor(name)
+
+    @property
+    def is_null(self) -> bool:
+        return False
+
     def count(self, tokens: TokenMap, n_layers: int, n_heads: int = 1, item: VideoQA | None = None) -> Count:
         """Edges in all and kept. See `lab.edges.counting`."""
         return count_of(self.bind(tokens, n_layers, n_heads, item))
@@ -67,25 +76,47 @@ class _Drawn(Bound):
         return layer
 
     @cached_property
-    def _pairs(self) -> Tensor:
-        """Flat indices of the pairs that can be drawn."""
+    def _late(self) -> Tensor:
+        """Positions that can be drawn: real ones from the video's start on, [pos] bool."""
         video = self.members("video").nonzero().squeeze(1)
         if not len(video):
             raise UsageError("random pairs are drawn from the video's start on, and this prompt has no video")
-        late = torch.arange(self.n) >= video[0]
-        return (self.exists() & late[:, None] & late[None, :]).flatten().nonzero().squeeze(1)
+        return self.real & (torch.arange(self.n) >= video[0])
 
-    def removed(self, layer: int, rows: Tensor | None = None) -> Tensor | None:
+    @cached_property
+    def _sizes(self) -> Tensor:
+        """How many pairs each row has that can be drawn, [pos]."""
+        return self._late.long().cumsum(0) * self._late
+
+    def _per_row(self, layer: int) -> Any:
+        """How many pairs each row loses, [pos]: as if all pairs of the layer lay in one urn."""
         assert self.draw is not None
-        wanted = round(self.draw.ratio * int(self.exists().sum()))
-        if wanted > len(self._pairs):
+        real, able = int(self.real.sum()), int(self._sizes.sum())
+        wanted = round(self.draw.ratio * (real * (real + 1) // 2))
+        if wanted > able:
             raise UsageError(
-                f"ratio {self.draw.ratio} asks for {wanted:,} pairs, but only {len(self._pairs):,} stand after the "
+                f"ratio {self.draw.ratio} asks for {wanted:,} pairs, but only {able:,} stand after the "
                 "video's start; choose a smaller ratio"
             )
-        g = torch.Generator().manual_seed((self.draw.seed * 10_007 + layer) & 0x7FFFFFFF)
-        chosen = self._pairs[torch.randperm(len(self._pairs), generator=g)[:wanted]]
-        out = torch.zeros(self.n * self.n, dtype=torch.bool)
-        out[chosen] = True
-        square = out.reshape(1, self.n, self.n)
-        return square if rows is None else square[:, rows]
+        dice = np.random.Generator(np.random.PCG64([self.draw.seed, layer]))
+        return dice.multivariate_hypergeometric(self._sizes.numpy(), wanted, method="marginals")
+
+    @cached_property
+    def _losses(self) -> dict[int, Any]:
+        return {layer: self._per_row(layer) for layer in range(self.n_layers)}
+
+    def removed(self, layer: int, rows: Tensor | None = None) -> Tensor | None:
+        """Each row draws its keys by a seed of its own: any rows can be asked for, in any order."""
+        rows = torch.arange(self.n) if rows is None else rows
+        keys, losses = self._late.nonzero().squeeze(1), self._losses[layer]
+        out = torch.zeros(1, len(rows), self.n, dtype=torch.bool)
+        for i, row in enumerate(rows.tolist()):
+            if losses[row]:
+                out[0, i, keys[self._drawn(layer, row, int(losses[row]))]] = True
+        return out if bool(out.any()) else None
+
+    def _drawn(self, layer: int, row: int, n: int) -> Tensor:
+        """`n` of the row's first `_sizes[row]` keys that can be drawn."""
+        assert self.draw is not None
+        g = torch.Generator().manual_seed(((self.draw.seed * 10_007 + layer) * 100_003 + row) & 0x7FFFFFFF)
+        return torch.randperm(int(self._sizes[row]), generator=g)[:n]

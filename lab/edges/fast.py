@@ -17,10 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lab.edges.closure import Closure, Cuts, closure_of
+from lab.edges.cutrows import LayerCut, policy_cuts
 from lab.edges.dense import run_dense
 from lab.edges.packed import Group, Packed
-from lab.edges.store import Store
-from lab.errors import UsageError
+from lab.edges.shelf import out_of_memory
+from lab.edges.store import Store, release_memory
+from lab.errors import RunError, UsageError
 from lab.model.decoder import all_reached, one_layer
 from lab.model.reading import Read
 from lab.model.ready import Ready
@@ -38,6 +40,7 @@ def run_cut(
 
     n_rows  about how many rows go through a layer together
     A set of cuts that cannot reach the positions read gives the clean logits themselves. `store.work` counts.
+    A batch for which memory runs out is halved; at one cut run the store is put aside, and then RunError says so.
     Raises RunError if the model changed since the store was made; UsageError for masks that do not fit.
     """
     if not cuts:
@@ -48,11 +51,34 @@ def run_cut(
         return _by_reference(model, store, cuts, read)
     at, memo = store.positions(read), {}
     found = [closure_of(c, store.n_pos, store.n_layers, at, memo) for c in cuts]
-    out = store.clean(model, read)[None].repeat(len(cuts), 1, 1)
-    jobs = [_Job(i, c, f) for i, (c, f) in enumerate(zip(cuts, found, strict=True)) if f.reaches]
+    jobs = [_Job(i, c, f) for i, (c, f) in enumerate(zip(cuts, found, strict=True))]
+    return _run_all(model, store, jobs, at, read, n_rows)
+
+
+@torch.no_grad()
+def run_uncut(
+    model: Any, store: Store, cuts: Sequence[Cuts], read: Read = "last", *, n_rows: int = ROWS
+) -> Float[Tensor, "cut read d_vocab"]:
+    """Clean logits by the way of `run_cut`: the rows that each set of cuts would run are run, and nothing is cut.
+
+    They differ from the clean run by rounding alone, which in half precision is as large as small effects: compare
+    cut runs with these, or take the difference as the noise below which nothing can be said.
+    Raises UsageError where the store's cut runs take the reference path (`store.reason`).
+    """
+    if not cuts or store.reason:
+        raise UsageError(f"no rows to run: {store.reason or 'no sets of cuts given'}")
+    store.check(model)
+    store.work.runs += len(cuts)
+    at, memo = store.positions(read), {}
+    found = [closure_of(c, store.n_pos, store.n_layers, at, memo) for c in cuts]
+    return _run_all(model, store, [_Job(i, {}, f) for i, f in enumerate(found)], at, read, n_rows)
+
+
+def _run_all(model: Any, store: Store, jobs: Sequence[_Job], at: Tensor, read: Read, n_rows: int) -> Tensor:
+    out = store.clean(model, read)[None].repeat(len(jobs), 1, 1)
     with model.lock.shared():
-        for batch in _batches(jobs, n_rows):
-            _run(model, store, batch, at, out)
+        for batch in _batches([j for j in jobs if j.closure.reaches], n_rows):
+            _run_or_halve(model, store, batch, at, out)
     return out
 
 
@@ -82,8 +108,10 @@ def execute(
         return model(ready, policy=policy, read=read)
     store = Store.of(model, ready)
     asked = (store.side.tokens[0], model.sizes.n_layers, model.sizes.n_heads, ready.item)
-    cuts = policy.masks(*asked)
-    if store.reason or policy.bias(*asked) or not (cuts or policy.is_null):
+    bound = policy.bind(*asked)
+    gated = any(bound.active(layer, gated=True) for layer in range(bound.n_layers))
+    cuts: Cuts = {} if store.reason or gated else policy_cuts(bound)
+    if store.reason or gated or not (cuts or policy.is_null):
         return model(ready, policy=policy, read=read)  # says what is wrong with a policy that touches nothing
     return run_cut(model, store, [cuts], read)
 
@@ -114,6 +142,32 @@ def _batches(jobs: Sequence[_Job], n_rows: int) -> Iterator[list[_Job]]:
         held += job.most
     if batch:
         yield batch
+
+
+def _run_or_halve(model: Any, store: Store, jobs: Sequence[_Job], at: Tensor, out: Tensor) -> None:
+    """Run a batch; where memory runs out, its halves; where one job alone is too much, with the store put aside."""
+    if _fits(model, store, jobs, at, out):
+        return
+    release_memory()
+    if len(jobs) > 1:
+        for half in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]):
+            _run_or_halve(model, store, half, at, out)
+    elif not (store.put_aside() and _fits(model, store, jobs, at, out)):
+        raise RunError(
+            f"one cut run of {jobs[0].most:,} rows beside {store.n_pos:,} positions does not fit in memory, though "
+            f"{store.aside:,} bytes of the stored run were put aside; use fewer frames, or a smaller dtype"
+        )
+
+
+def _fits(model: Any, store: Store, jobs: Sequence[_Job], at: Tensor, out: Tensor) -> bool:
+    """Run a batch; False if memory ran out. What the attempt held is let go with its frames."""
+    try:
+        _run(model, store, jobs, at, out)
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        return False
+    return True
 
 
 # ---- one batch through the layers -----------------------------------------------------------------------------------
@@ -148,7 +202,7 @@ def _run(model: Any, store: Store, jobs: Sequence[_Job], at: Tensor, out: Tensor
 
 
 def _pack(jobs: Sequence[_Job], layer: int) -> _Pack:
-    active: dict[tuple[bytes, int], tuple[Tensor, Tensor | None, list[int]]] = {}
+    active: dict[tuple[bytes, int], tuple[Tensor, LayerCut | None, list[int]]] = {}
     for world, job in enumerate(jobs):
         rows = job.closure.rows(layer)
         if not len(rows):
@@ -167,15 +221,17 @@ def _pack(jobs: Sequence[_Job], layer: int) -> _Pack:
 
 def _entering(store: Store, layer: int, pack: _Pack, place: Tensor, resid: Tensor | None) -> Tensor:
     """The stream of the pack's rows: their own where they were run before, the clean one where they join."""
-    clean = store.resid[layer]
     if resid is None:
-        return clean[pack.pos.to(clean.device)]
+        return store.resid.rows(layer, pack.pos)
     before = place[pack.world, pack.pos]
     if len(before) == len(resid) and bool((before == torch.arange(len(before))).all()):
         return resid
-    joins = (before < 0).to(clean.device)[:, None]
-    held = resid.to(clean.device)[before.clamp_min(0).to(clean.device)]
-    return torch.where(joins, clean[pack.pos.to(clean.device)], held) if bool(joins.any()) else held
+    joins = before < 0
+    held = resid.to(store.resid.device(layer))
+    held = held[before.clamp_min(0).to(held.device)]
+    if bool(joins.any()):
+        held[joins.to(held.device)] = store.resid.rows(layer, pack.pos[joins])
+    return held
 
 
 def _layer(model: Any, store: Store, layer: int, pack: _Pack, resid: Tensor, run: Run) -> Tensor:

@@ -53,7 +53,7 @@ class Grid:
         at = 0
         for head in self.heads or (None,):
             for pair in self._all_pairs():
-                cut = whole.narrowed(head, pair, self.n_heads).dense() if self._asked(pair, tokens) else None
+                cut = whole.narrowed(head, pair, self.n_heads) if self._asked(pair, tokens) else None
                 for layers in self.layers:
                     if cut is not None and layers is not None:
                         yield at, dict.fromkeys(layers, cut)

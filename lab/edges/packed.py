@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lab.edges.cutrows import LayerCut, heads_of, rows_of
 from lab.errors import RunError
 from lab.model.run import Call
 
 NEG = float("-inf")
-MASK_CELLS = 1 << 20  # query rows are taken in blocks of at most so many query x key cells
+MASK_CELLS = 1 << 20  # query rows are taken in blocks of at most so many mask cells (head x query x key)
 SCORE_CELLS = 1 << 26  # written-out scores, batch x head x query x key
 _CPU_KERNEL: Callable[..., Any] | None = getattr(
     torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
@@ -32,13 +33,13 @@ class Group:
     first   where the group begins in the pack
     worlds  how many worlds
     rows    source positions of one world's rows, ascending [rows]
-    cut     the layer's cut for all of them, [q, k] or [head, q, k], or None
+    cut     the layer's cut for all of them (see `lab.edges.cutrows`), or None
     """
 
     first: int
     worlds: int
     rows: Tensor
-    cut: Tensor | None
+    cut: LayerCut | None
 
     @property
     def stop(self) -> int:
@@ -65,12 +66,13 @@ class Packed:
         layer, scaling = call.parts.index, kw.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         z = torch.empty_like(query[0].transpose(0, 1))
+        stored_k, stored_v = self.keys[layer], self.values[layer]  # fetched once, should they lie elsewhere
         for group in self.groups:
             here = slice(group.first, group.stop)
             q, k, v = (
                 t[0, :, here].unflatten(1, (group.worlds, len(group.rows))) for t in (query, key, value)
             )
-            out = self._group(group, q, k, v, self.keys[layer], self.values[layer], scale)
+            out = self._group(group, q, k, v, stored_k, stored_v, scale)
             z[here] = out.permute(1, 2, 0, 3).flatten(0, 1)
         return z[None]
 
@@ -82,7 +84,9 @@ class Packed:
         kv = k.shape[0]
         q = q.reshape(kv, heads // kv, worlds, n, d)
         out = torch.empty_like(q)
-        size = max(1, MASK_CELLS // stored_k.shape[1])
+        # where heads differ, every world has a mask for each of its heads
+        masks = 1 if heads_of(group.cut) == 1 else heads * worlds
+        size = max(1, MASK_CELLS // (stored_k.shape[1] * masks))
         for start in range(0, n, size):
             block = slice(start, min(start + size, n))
             out[..., block, :] = self._block(group, block, q[..., block, :], k, v, stored_k, stored_v, scale)
@@ -93,7 +97,7 @@ class Packed:
         scale: float,
     ) -> Tensor:  # fmt: skip
         """One block of query rows: q [kv_head, group, world, rows, d_head]."""
-        part = self._part(group, block, q.device)
+        part = self._part(group, block, stored_k.shape[1], q.device)
         kv, g, worlds = q.shape[:3]
         new_k, new_v = (t[:, :, : block.stop].flatten(0, 1)[:, None] for t in (k, v))  # (kv world) 1 rows
         own, own_lse = attention(
@@ -108,10 +112,11 @@ class Packed:
         old, old_lse = attention(q.flatten(1, 2), old_k, old_v, mask, scale)
         return merge(own, own_lse, old.unflatten(1, (g, worlds)), old_lse.unflatten(1, (g, worlds)))
 
-    def _part(self, group: Group, block: slice, device: torch.device) -> _Part:
-        key = (group.rows.numpy().tobytes(), block.start, None if group.cut is None else id(group.cut))
+    def _part(self, group: Group, block: slice, n_pos: int, device: torch.device) -> _Part:
+        cut = None if group.cut is None else id(group.cut)
+        key = (group.rows.numpy().tobytes(), block.start, cut, device)
         if key not in self.parts:
-            self.parts[key] = _part(group, block, self.keys[0].shape[1]).to(device)
+            self.parts[key] = _part(group, block, n_pos, device)
         return self.parts[key]
 
 
@@ -127,24 +132,16 @@ class _Part:
     kept: Tensor | None
     own: Tensor | None
 
-    def to(self, device: torch.device) -> _Part:
-        move = [None if t is None else t.to(device) for t in (self.kept, self.own)]
-        return _Part(self.stored.to(device), *move)
 
-
-def _part(group: Group, block: slice, n_pos: int) -> _Part:
-    rows, new = group.rows[block], group.rows[: block.stop]
-    keep = torch.arange(n_pos)[None, :] <= rows[:, None]
-    keep = keep[None] if group.cut is None else keep[None] & ~_cut_rows(group.cut, rows)
+def _part(group: Group, block: slice, n_pos: int, device: torch.device) -> _Part:
+    every = group.rows.to(device)
+    rows, new = every[block], every[: block.stop]
+    keep = (torch.arange(n_pos, device=device)[None, :] <= rows[:, None])[None]
+    keep = keep if group.cut is None else keep & ~rows_of(group.cut, rows)
     stored = keep.any(0).any(0)
-    stored[group.rows] = False
+    stored[every] = False
     at = stored.nonzero().squeeze(1)
     return _Part(at, _unless_all(keep[..., at]), _unless_all(keep[..., new]))
-
-
-def _cut_rows(cut: Tensor, rows: Tensor) -> Tensor:
-    taken = cut.index_select(-2, rows.to(cut.device)).cpu()
-    return taken if taken.ndim == 3 else taken[None]
 
 
 def _unless_all(keep: Tensor) -> Tensor | None:

@@ -80,11 +80,6 @@ class PathRows:
         """Whether any edge is removed at all."""
         return any(bool(self._rows(some).any()) for some in torch.arange(self.n_pos).split(256))
 
-    def dense(self) -> Bool[Tensor, "..."]:
-        """The whole square [q, k], or [head, q, k] where heads differ."""
-        made = self._rows(torch.arange(self.n_pos))
-        return made[0] if self.head is None else made
-
     def _rows(self, at: Tensor) -> Tensor:
         cut = torch.zeros(len(at), self.n_pos, dtype=torch.bool)
         for piece in self.pieces:

@@ -20,10 +20,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lab.edges.cuts import Cut
 from lab.edges.drawing import RandomPairs
 from lab.edges.fingerprints import ModelInfo
+from lab.edges.mass import Mass
 from lab.edges.policy import Policy
 from lab.edges.ranges import layer_text
 from lab.errors import UsageError
@@ -179,6 +181,101 @@ def random_pairs(name_or_ratio: str | float, seed: int = 0) -> RandomPairs:
     return RandomPairs(ratio, seed)
 
 
+def attention_mass(
+    measured: Mass | Sequence[Mass],
+    k: int | None = None,
+    *,
+    share: float | None = None,
+    by_head: bool = False,
+) -> Policy:
+    """Attention-mass top-k: keep the segment edges that are read most, cut the others.
+
+    A segment edge is a pair of segments in one layer (`by_head`: and one head); its mass is what a row of the query
+    segment gives to the key segment, averaged over heads and over the runs measured (`lab.edges.mass.segment_mass`).
+    Edges that a causal prompt does not have, with no mass at all in any layer and head, are left out of the ranking.
+
+    k      how many segment edges are kept
+    share  or: how much of all mass they keep together (0..1), fewest edges first
+    Mass is no importance: a baseline, never a search. The cuts name the segments that were measured ("frame:3").
+    Raises UsageError for runs over different segments, for segments that overlap, and for a k or share out of range.
+    """
+    runs = [measured] if isinstance(measured, Mass) else list(measured)
+    table = _averaged(runs)
+    n_layers, n_heads = table.shape[:2]
+    table = table if by_head else table.mean(1, keepdim=True)
+    ranked = _ranked(table)
+    kept = _top(table, ranked, k, share)
+    gone = torch.zeros(table.shape, dtype=torch.bool)
+    gone.view(-1)[ranked[kept:]] = True
+    info = ModelInfo(layers=n_layers, heads=n_heads if by_head else None)
+    notes = (
+        f"keeps {kept:,} of {len(ranked):,} segment edges, those with most attention mass in {len(runs)} runs"
+    )
+    return Policy(
+        name=f"attention-mass/{kept}", model=info, cuts=_cuts_of(runs[0].names, gone, by_head), notes=notes
+    )
+
+
+def _averaged(runs: Sequence[Mass]) -> Tensor:
+    """Mean mass of the runs, [layer, head, query, key]; layers without attention have none."""
+    if not runs:
+        raise UsageError(
+            "attention-mass needs at least one measured run: lab.edges.segment_mass(model, ready)"
+        )
+    names, shape = runs[0].names, runs[0].sums.shape
+    for run in runs[1:]:
+        if run.names != names or run.sums.shape != shape:
+            raise UsageError(
+                f"the runs were measured over different segments or models: {', '.join(names)} {tuple(shape)} against "
+                f"{', '.join(run.names)} {tuple(run.sums.shape)}"
+            )
+    table = torch.stack([run.mean for run in runs]).mean(0)
+    over = float(table.nan_to_num().sum(-1).max())
+    if over > 1 + 1e-3:
+        raise UsageError(
+            f"the segments overlap: a row gives them {over:.3f} of its attention; measure a partition (segments=None)"
+        )
+    return table
+
+
+def _ranked(table: Tensor) -> Tensor:
+    """Flat indices of the segment edges that exist, most mass first; ties in order of layer and segments."""
+    known = table.nan_to_num()
+    exists = (known.amax((0, 1)) > 0) & ~table.isnan()
+    order = known.flatten().sort(descending=True, stable=True).indices
+    return order[exists.flatten()[order]]
+
+
+def _top(table: Tensor, ranked: Tensor, k: int | None, share: float | None) -> int:
+    if (k is None) == (share is None):
+        raise UsageError(
+            "attention-mass takes k= (segment edges kept) or share= (of all mass), one of the two"
+        )
+    if k is not None:
+        if isinstance(k, bool) or not 0 <= k <= len(ranked):
+            raise UsageError(f"k={k}: there are {len(ranked)} segment edges; keep 0 to {len(ranked)}")
+        return k
+    assert share is not None
+    if not 0 <= share <= 1:
+        raise UsageError(f"share must lie in 0..1, got {share}")
+    total = table.nan_to_num().flatten()[ranked].double().cumsum(0)
+    return int((total < share * total[-1] * (1 - 1e-12)).sum()) + 1 if share > 0 else 0
+
+
+def _cuts_of(names: Sequence[str], gone: Tensor, by_head: bool) -> tuple[Cut, ...]:
+    """One cut for each pair of segments, or for each pair and set of layers that lose the same heads."""
+    cuts: list[Cut | None] = []
+    for q, k in gone.any(0).any(0).nonzero().tolist():
+        layers: dict[tuple[int, ...], list[int]] = {}
+        for layer, lost in enumerate(gone[:, :, q, k]):
+            if bool(lost.any()):
+                layers.setdefault(tuple(lost.nonzero().squeeze(1).tolist()), []).append(layer)
+        for heads, at in layers.items():
+            cut = _cut(at, names[q], names[k], "little attention mass")
+            cuts.append(cut.model_copy(update={"heads": heads}) if by_head and cut is not None else cut)
+    return _some(cuts)
+
+
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -209,12 +306,27 @@ def known() -> list[str]:
     return [*flows, "video-exit/N", "frame-local/N", "nothing"]
 
 
+# Presets that are drawn or measured on a prompt, or made from another policy: no file, so no name for `named`.
+MADE = {
+    "random_pairs": "random pairs from the video's start on, as many as the paper's baseline cuts",
+    "layer_permuted": "another policy with its layers shuffled",
+    "composition_matched": "another policy with each cut in layers of its own drawing",
+    "attention_mass": "keep the k segment edges with most attention mass, as segment_mass measures it",
+}
+
+
 def named(name: str, n_layers: int | None = None) -> Policy:
     """A preset by name: "7b/released", "7b/strict", "7b" (released), "video-exit/N", "frame-local/N", "nothing".
 
     Raises UsageError for an unknown name, or one that needs `n_layers`.
     """
     head, _, tail = name.partition("/")
+    made = head.replace("-", "_")
+    if made in MADE:
+        raise UsageError(
+            f"preset {head!r} is not made from its name alone ({MADE[made]}): call lab.edges.presets.{made}(...) and save "
+            "what it gives"
+        )
     if name == "nothing":
         return nothing()
     if head in ("video-exit", "frame-local"):

@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lab.edges.dense import run_dense
+from lab.edges.shelf import Shelf, budget_of, out_of_memory
 from lab.errors import RunError, UsageError
 from lab.model import anatomy
-from lab.model.cache import KVCache, LayerCache
+from lab.model.cache import LayerCache
 from lab.model.decoder import decode
 from lab.model.door import Door
 from lab.model.hooking import hooked
@@ -48,6 +49,8 @@ class Store:
     side          what travels beside the prompt's rows, without cache and run
     resid         [pos, d_model] entering each layer, then the final stream
     keys, values  [kv_head, pos, d_head] per layer, keys after RoPE
+                  all three are shelves: what the device has no room for lies elsewhere (`lab.edges.shelf`);
+                  plain lists are put on shelves as they are
     reason        why cut runs cannot be computed from it and take the reference path; "" if they can. Where they
                   cannot, nothing is kept
     """
@@ -56,12 +59,18 @@ class Store:
     door: Door
     side: Side
     n_layers: int
-    resid: list[Tensor]
-    keys: list[Tensor]
-    values: list[Tensor]
+    resid: Shelf
+    keys: Shelf
+    values: Shelf
     version: int
     reason: str
     work: Work = field(default_factory=Work)
+
+    def __post_init__(self) -> None:
+        for name in ("resid", "keys", "values"):
+            held = getattr(self, name)
+            if not isinstance(held, Shelf):
+                setattr(self, name, Shelf.holding(held))
 
     @property
     def n_pos(self) -> int:
@@ -73,25 +82,38 @@ class Store:
         """Forward-equivalents computed so far, and what one full forward per run would have cost."""
         return Ledger(self.work.row_layers / (self.n_pos * self.n_layers), 1 + self.work.runs)
 
+    @property
+    def aside(self) -> int:
+        """Bytes of the store that lie elsewhere than on the device."""
+        return self.resid.aside + self.keys.aside + self.values.aside
+
+    def put_aside(self) -> bool:
+        """Put all of it aside, to make room on the device; whether there was anything left to put."""
+        before = self.aside
+        for shelf in (self.resid, self.keys, self.values):
+            shelf.put_aside()
+        return self.aside > before
+
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, ready: Ready) -> Store:
-        """Run `ready` clean and keep what cut runs need. Raises UsageError for more than one world."""
+    def of(cls, model: Any, ready: Ready, *, budget: int | None = None) -> Store:
+        """Run `ready` clean and keep what cut runs need.
+
+        budget  bytes of the device it may take; the rest is put aside, streams before keys and values. None: half of
+                what is free
+        Raises UsageError for more than one world; TooBig if it fits nowhere.
+        """
         if ready.n_worlds != 1:
             raise UsageError(f"a store holds one world, got {ready.n_worlds}; prepare them one by one")
-        stream: list[Tensor] = []
-        cache = KVCache()
         with model.plan_hooks(ready.plan), model.lock.shared():
             door, maps = model.arrive(ready)
             reason = why_not(model, ready, door)
             order = torch.arange(door.embeds.shape[1], device=door.embeds.device)
             side = Side(maps, order, door.rope, door.pad, door.deep, None, None)
-            if not reason:
-                stream = _recorded(model, door, cache)
-        layers = range(0 if reason else len(model.parts))
-        keys, values = ([held[i][0] for i in layers] for held in (cache.k, cache.v))
+            kept = _Kept(0, 0) if reason else _recorded(model, door, budget)
         work = Work(0 if reason else len(order) * len(model.parts))
-        return cls(ready, door, side, len(model.parts), stream, keys, values, version(model), reason, work)
+        n = len(model.parts)
+        return cls(ready, door, side, n, kept.resid, kept.k, kept.v, version(model), reason, work)
 
     @torch.no_grad()
     def clean(self, model: Any, read: Read = "last") -> Float[Tensor, "read d_vocab"]:
@@ -117,17 +139,50 @@ class Store:
             )
 
 
-def _recorded(model: Any, door: Door, cache: KVCache) -> list[Tensor]:
-    """A clean run into the cache; returns the stream at every layer and the end."""
-    stream: list[Tensor] = []
+class _Kept:
+    """What a clean run leaves on the shelves: a cache for its layers, and a detour that notes the stream."""
 
-    def record(layer: int, step: Callable[..., Any], resid: Tensor, side: Side) -> tuple[Tensor, Side]:
-        stream.append(resid[0])
+    def __init__(self, resid: float, kv: float) -> None:
+        self.resid, self.k, self.v = Shelf(resid), Shelf(kv / 2), Shelf(kv / 2)
+
+    def update(self, layer: int, k: Tensor, v: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.k.put(k[0])
+        self.v.put(v[0])
+        return k, v, order
+
+    def record(self, layer: int, step: Callable[..., Any], resid: Tensor, side: Side) -> tuple[Tensor, Side]:
+        self.resid.put(resid[0])
         return step(resid, side)
 
-    kept = LayerCache(cache, anatomy.text_config(model.lm))
-    resid, _ = decode(model, door, Run(), cache=kept, detours=(record,))
-    return [*stream, resid[0]]
+
+def _recorded(model: Any, door: Door, budget: int | None) -> _Kept:
+    """A clean run onto the shelves. Where memory runs out on the way, once more with everything put aside."""
+    room = budget_of(budget, door.embeds.device)
+    kv = (
+        door.embeds.element_size()
+        * door.embeds.shape[1]
+        * sum(2 * p.n_kv_heads * p.d_head for p in model.parts)
+    )
+    try:
+        return _run_clean(model, door, _Kept(max(0, room - kv), min(room, kv)))
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+    release_memory()
+    return _run_clean(model, door, _Kept(0, 0))
+
+
+def _run_clean(model: Any, door: Door, kept: _Kept) -> _Kept:
+    cache = LayerCache(kept, anatomy.text_config(model.lm))
+    resid, _ = decode(model, door, Run(), cache=cache, detours=(kept.record,))
+    kept.resid.put(resid[0])
+    return kept
+
+
+def release_memory() -> None:
+    """Give back what a failed attempt left in the GPU's allocator."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def version(model: Any) -> int:

@@ -87,6 +87,8 @@ def _attend(
     if call.run.attend is not None:
         return points.hook_z(call.run.attend(call, query, key, value, kw))
     k_order = call.side.order if call.k_order is None else call.k_order
+    for sink in call.run.sinks:
+        sink(call, query, key, k_order, kw)
     layer = call.parts.index
     edges = call.run.edges.get(layer)
     look = layer in call.run.look or watched(points.hook_attn_scores, points.hook_pattern)
@@ -100,14 +102,23 @@ def _attend(
 
 def _allowed(call: Call, query: Tensor, k_order: Tensor) -> tuple[Tensor, Tensor | None]:
     """Bool keep [world|1, head|1, q, k] and a float bias of such a shape or None."""
-    keep = base_keep(call, k_order, query.device)
+    order = call.side.order.to(query.device)
+    return with_edges(
+        call, base_keep(call, k_order, query.device), order, k_order.to(query.device), query.dtype
+    )
+
+
+def with_edges(
+    call: Call, keep: Tensor, order: Tensor, k_order: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """A keep mask of the rows at `order` under the run's edges: bool keep, and a float bias or None."""
     edges = call.run.edges.get(call.parts.index)
     if edges is None:
         return keep, None
-    cut = edges(call.side.order.to(query.device), k_order.to(query.device))
+    cut = edges(order, k_order)
     if not isinstance(cut, Tensor):
         raise UsageError(f"the edges of layer {call.parts.index + 1} gave {type(cut).__name__}, not a tensor")
-    ends = (query.shape[2], len(k_order))
+    ends = (len(order), len(k_order))
     if cut.ndim > 4 or any(a not in (1, b) for a, b in zip(cut.shape[-2:][::-1], ends[::-1], strict=False)):
         raise UsageError(
             f"the edges of layer {call.parts.index + 1} have shape {tuple(cut.shape)}; need {ends} (q, k) at the end"
@@ -115,7 +126,7 @@ def _allowed(call: Call, query: Tensor, k_order: Tensor) -> tuple[Tensor, Tensor
     cut = cut.reshape((1,) * (4 - cut.ndim) + tuple(cut.shape))
     if cut.dtype == torch.bool:
         return keep & cut, None
-    return keep & (cut > NEG), cut.to(query.dtype)
+    return keep & (cut > NEG), cut.to(dtype)
 
 
 def _masked(

@@ -25,12 +25,13 @@ def base_keep(call: Call, k_order: Tensor, device: torch.device) -> Tensor:
     held = call.run.masks.get(call.parts.window)
     if held is not None and held[0] is call.side.order and held[1] is k_order:
         return held[2].to(device)
-    keep = _build(call, call.side.order.to(device), k_order.to(device))
+    keep = keep_rows(call, call.side.order.to(device), k_order.to(device))
     call.run.masks[call.parts.window] = (call.side.order, k_order, keep)
     return keep
 
 
-def _build(call: Call, q: Tensor, k: Tensor) -> Tensor:
+def keep_rows(call: Call, q: Tensor, k: Tensor) -> Tensor:
+    """Bool [world | 1, 1, q, k] for any rows: source positions of the queries and of the keys."""
     distance = q[:, None] - k[None, :]
     keep = distance >= 0 if call.parts.causal else torch.ones_like(distance, dtype=torch.bool)
     if call.parts.window is not None:

@@ -49,6 +49,8 @@ class Run:
 
     attend  stands in for the attention kernel: (call, query, key, value, keywords) -> z [world, pos, head, d_head],
             heads of keys not repeated. For runs whose rows are not one sequence; None: the kernel.
+    sinks   called in every softmax layer before its kernel: (call, query, key, k_order, keywords). They look on:
+            query [world, head, q, d_head] and key [world, kv_head, k, d_head] as attention sees them
     """
 
     edges: Mapping[int, Edges] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class Run:
     masks: dict[int | None, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     policy: Any = None  # what the run was called with; becomes edges once the token maps are known
     attend: Callable[..., Tensor] | None = None
+    sinks: tuple[Callable[..., None], ...] = ()
 
 
 @dataclass
