@@ -18,6 +18,12 @@ _SURFACE = {
     "Count": ("lab.edges.counting", "Count"),
     "presets": ("lab.edges.presets", ""),
     "sweep": ("lab.edges.sweeping", "sweep"),
+    "scores": ("lab.edges.scoring", "scores"),
+    "scalars": ("lab.edges.scoring", "scalars"),
+    "unit_scores": ("lab.edges.subsets", "unit_scores"),
+    "row_scores": ("lab.edges.subsets", "row_scores"),
+    "validate_scores": ("lab.edges.validating", "validate_scores"),
+    "check_validated": ("lab.edges.validating", "check_validated"),
 }
 
 if TYPE_CHECKING:
@@ -25,9 +31,15 @@ if TYPE_CHECKING:
     from lab.edges.counting import Count
     from lab.edges.cuts import Cut
     from lab.edges.policy import Policy
+    from lab.edges.scoring import scalars, scores
+    from lab.edges.subsets import row_scores, unit_scores
     from lab.edges.sweeping import sweep
+    from lab.edges.validating import check_validated, validate_scores
 
-__all__ = ["Count", "Cut", "Policy", "presets", "sweep"]
+__all__ = [
+    "Count", "Cut", "Policy", "check_validated", "presets", "row_scores", "scalars", "scores", "sweep", "unit_scores",
+    "validate_scores",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
