@@ -47,8 +47,8 @@ class Scoring:
                   what is read becomes zero, nothing is renormalised; "integrated": gates integrated along `path`
     path          for "integrated": the policy whose cuts are closed together, gate by gate; other edges score 0
     points        forwards and backwards along the path
-    drop          GradDrop: one backward more for every layer, with that layer's gradient dropped. Scores keep their sign
-                  and take the mean size over these
+    drop          GradDrop: one backward more for every layer, with that layer's gradient dropped; the mean size over
+                  these, so that paths through the dropped layers cannot cancel the others
     policy        edges that are cut already
     """
 
@@ -177,12 +177,13 @@ def _pair_tally(
 
 
 def combined(f: Found, name: str) -> Tensor:
-    """The score of the plain backward pass; with dropped layers: its sign, and the mean size over the passes in which one
-    layer is dropped. A layer's own pass gives nothing of itself, hence n / (n - 1)."""
+    """The score of the plain backward pass. With dropped layers: the mean size over the passes in which one layer is
+    dropped, under the sign of their sum. A layer's own pass gives nothing of itself, hence n - 1."""
     plain, *dropped = (t.sums[name] for t in f.tallies)
     if len(dropped) < 2:
         return plain
-    return plain.sign() * torch.stack(dropped).abs().sum(0) / (len(dropped) - 1)
+    each = torch.stack(dropped)
+    return each.sum(0).sign() * each.abs().sum(0) / (len(dropped) - 1)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lab.edges.binding import Bound
 from lab.edges.cuts import Cut
@@ -29,27 +29,49 @@ class Tally(Protocol):
     def __call__(self, seen: Seen) -> None: ...
 
 
-def part_stats(scores: Tensor, worth: Tensor, parts: Sequence[Tensor]) -> RowStats:
-    """[head, row, part] of [head, row, key]. A part is a set of positions, ascending; those beyond the keys are left out."""
-    lse, mean = [], []
-    for positions in parts:
-        inside = positions[: int((positions < scores.shape[-1]).sum())].to(scores.device)
-        some = scores[..., _index(inside)]
-        if not some.shape[-1]:
-            lse.append(torch.full_like(scores[..., 0], NEG))
-            mean.append(torch.zeros_like(lse[-1]))
-            continue
-        lse.append(some.logsumexp(-1))
-        mean.append((shares(some) * worth[..., _index(inside)]).sum(-1))
-    return RowStats(torch.stack(lse, -1), torch.stack(mean, -1))
+TINY = 1e-25  # smaller masses are not taken from the softmax: it loses them
 
 
-def _index(positions: Tensor) -> Tensor | slice:
-    """A slice where positions lie side by side: no copy is made."""
-    if not len(positions):
-        return slice(0, 0)
-    first, last = int(positions[0]), int(positions[-1])
-    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
+class Parts:
+    """Disjoint parts of a prompt's keys that together are all of them: the segments, and last the rest."""
+
+    def __init__(self, segments: Sequence[Tensor], n: int) -> None:
+        self.of = torch.full((n,), len(segments))
+        for i, positions in enumerate(segments):
+            self.of[positions] = i
+        self.one_hot = nn.functional.one_hot(self.of, len(segments) + 1)
+        at = torch.arange(n)[:, None].masked_fill(self.one_hot == 0, n)
+        self.first = at.amin(0)  # n for an empty rest
+
+    def __len__(self) -> int:
+        return self.one_hot.shape[1]
+
+    def stats(self, seen: Seen, among: Tensor | None = None) -> RowStats:
+        """[head, row, part]. among: [head | 1, row, key] the keys that count as a part's own; None: all of them."""
+        own = self.one_hot[: seen.scores.shape[-1]].to(seen.pattern)
+        pattern, weighted = seen.pattern, seen.weighted
+        if among is not None:
+            pattern, weighted = pattern * among, weighted * among
+        mass, total = pattern @ own, weighted @ own
+        lse = seen.lse.masked_fill(seen.lse == NEG, 0.0)[..., None] + mass.log()
+        mean = total / mass.clamp_min(TINY)
+        return self._careful(seen, among, RowStats(lse, mean), mass < TINY)
+
+    def _careful(self, seen: Seen, among: Tensor | None, rows: RowStats, small: Tensor) -> RowStats:
+        """Parts with next to no mass, from their scores; where the row has no key of the part: -inf and 0."""
+        at = torch.arange(seen.rows.start, seen.rows.stop)
+        small = small & (self.first[None, :] <= seen.scores.shape[-1]).to(small.device)
+        after = (self.first[None, :] > at[:, None]).to(small.device)  # a key after the row: nothing to look for
+        lse, mean = rows.lse.masked_fill(small, NEG), rows.mean.masked_fill(small, 0.0)
+        for part in (small & ~after).any(0).any(0).nonzero().squeeze(1).tolist():
+            keys = (self.of[: seen.scores.shape[-1]] == part).nonzero().squeeze(1).to(seen.scores.device)
+            some = seen.scores[..., keys]
+            if among is not None:
+                some = some.masked_fill(~among[..., keys], NEG)
+            which = small[..., part]
+            lse[..., part] = torch.where(which, some.logsumexp(-1), lse[..., part])
+            mean[..., part] = torch.where(which, (shares(some) * seen.worth[..., keys]).sum(-1), mean[..., part])
+        return RowStats(lse, mean)
 
 
 def masked_stats(scores: Tensor, worth: Tensor, hit: Tensor) -> RowStats:
@@ -57,14 +79,6 @@ def masked_stats(scores: Tensor, worth: Tensor, hit: Tensor) -> RowStats:
     both = [scores.masked_fill(~hit, NEG), scores.masked_fill(hit, NEG)]
     mean = [(shares(s) * worth).sum(-1) for s in both]
     return RowStats(torch.stack([s.logsumexp(-1) for s in both], -1), torch.stack(mean, -1))
-
-
-def _with_rest(parts: Sequence[Tensor], n: int) -> list[Tensor]:
-    """The parts, and last the keys of none of them: they are read all the same."""
-    rest = torch.ones(n, dtype=torch.bool)
-    for positions in parts:
-        rest[positions] = False
-    return [*parts, rest.nonzero().squeeze(1)]
 
 
 @dataclass
@@ -88,13 +102,11 @@ class PairTally:
     def __post_init__(self) -> None:
         size = (*self.shape, len(self.queries), len(self.keys))
         self.sums = {name: torch.zeros(size, dtype=torch.float64) for name in self.forms}
-        self._parts = _with_rest(self.keys, self.n)
-        self._owner = torch.full((self.n,), len(self.queries))
-        for i, positions in enumerate(self.queries):
-            self._owner[positions] = i
+        self._parts = Parts(self.keys, self.n)
+        self._owner = Parts(self.queries, self.n).of
 
     def __call__(self, seen: Seen) -> None:
-        stats = part_stats(seen.scores, seen.worth, self._parts)
+        stats = self._parts.stats(seen)
         if self.on_path:
             self._add(seen, "integrated", self._gates(seen, stats))
             return
@@ -105,9 +117,8 @@ class PairTally:
         """Change that closing the gates of the path's edges would bring at this slope, by part."""
         if seen.path is None:
             return torch.zeros_like(stats.lse)
-        on = part_stats(seen.scores.masked_fill(~seen.path, NEG), seen.worth, self._parts)
-        total = stats.lse.logsumexp(-1, keepdim=True)
-        mass = (on.lse - total.masked_fill(total == NEG, 0.0)).exp()
+        on = self._parts.stats(seen, seen.path)
+        mass = (on.lse - seen.lse.masked_fill(seen.lse == NEG, 0.0)[..., None]).exp()
         return mass * (stats.total - on.mean) / self.open
 
     def _add(self, seen: Seen, name: str, values: Tensor) -> None:
@@ -160,12 +171,12 @@ class RowTally:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._parts = _with_rest(self.keys, self.n)
+        self._parts = Parts(self.keys, self.n)
         size = (*self.shape, self.n, len(self._parts))
         empty = torch.zeros(size, dtype=torch.float64)
         self.sums = {"lse": torch.full_like(empty, NEG), "mean": empty}
 
     def __call__(self, seen: Seen) -> None:
-        stats = part_stats(seen.scores, seen.worth, self._parts)
+        stats = self._parts.stats(seen)
         self.sums["lse"][seen.layer, :, seen.rows] = stats.lse.double().cpu()
         self.sums["mean"][seen.layer, :, seen.rows] = stats.mean.double().cpu()

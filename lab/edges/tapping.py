@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lab.edges.binding import Bound
-from lab.edges.formulas import NEG, shares
+from lab.edges.formulas import NEG
 from lab.errors import RunError
 from lab.model.run import Call, LayerParts
 
@@ -27,16 +27,21 @@ CELLS = 1 << 24  # head x query row x key of one block
 class Seen:
     """What a listener is shown: one block of rows of one layer of one world.
 
-    layer   0-based; rows: source positions of the block
-    scores  [head, row, key], in at least fp32, -inf where there is no edge; keys are the first ones of the prompt
-    worth   [head, row, key] <g, v_key>, g the gradient of the metric at the row's output
-    path    [head | 1, row, key] edges whose scores the path lowers, None without a path
+    layer    0-based; rows: source positions of the block
+    scores   [head, row, key], in at least fp32, -inf where there is no edge; keys are the first ones of the prompt
+    lse      [head, row] log-sum-exp of the scores; pattern: [head, row, key] their softmax, zeros in a row without edges
+    worth    [head, row, key] <g, v_key>, g the gradient of the metric at the row's output
+    weighted [head, row, key] pattern x worth
+    path     [head | 1, row, key] edges whose gates the path moves, None without a path
     """
 
     layer: int
     rows: slice
     scores: Tensor
+    lse: Tensor
+    pattern: Tensor
     worth: Tensor
+    weighted: Tensor
     path: Tensor | None
 
 
@@ -138,6 +143,12 @@ def gathered(x: Tensor, y: Tensor, kv: int) -> Tensor:
     return (x.transpose(1, 2) @ y).unflatten(0, (kv, -1)).sum(1)
 
 
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp [head, row] and softmax over keys; a row without any key has -inf, and zeros."""
+    lse = scores.logsumexp(-1)
+    return lse, (scores - lse.masked_fill(lse == NEG, 0.0)[..., None]).exp_()
+
+
 class _Tapped(torch.autograd.Function):
     """q [head, pos, d_head], k and v [kv_head, pos, d_head] -> z [head, pos, d_head]."""
 
@@ -148,7 +159,7 @@ class _Tapped(torch.autograd.Function):
         for rows in site.blocks(len(q)):
             keys = slice(0, site.width(rows))
             scores, _ = site.scores(q[:, rows].to(wide), k[:, keys].to(wide), rows)
-            z[:, rows] = grouped(shares(scores), v[:, keys].to(wide)).to(z.dtype)
+            z[:, rows] = grouped(_softmax(scores)[1], v[:, keys].to(wide)).to(z.dtype)
         ctx.save_for_backward(q, k, v)
         ctx.site = site
         return z
@@ -163,11 +174,12 @@ class _Tapped(torch.autograd.Function):
         for rows in site.blocks(len(q)):
             keys = slice(0, site.width(rows))
             scores, path = site.scores(q[:, rows], k[:, keys], rows)
+            lse, p = _softmax(scores)
             worth = grouped(g[:, rows], v[:, keys].transpose(1, 2))
+            weighted = p * worth
             if site.seat.listener is not None:
-                site.seat.listener(Seen(site.parts.index, rows, scores, worth, path))
-            p = shares(scores)
-            ds = p * (worth - (p * worth).sum(-1, keepdim=True)) * site.scale
+                site.seat.listener(Seen(site.parts.index, rows, scores, lse, p, worth, weighted, path))
+            ds = torch.addcmul(weighted, p, weighted.sum(-1, keepdim=True), value=-1.0) * site.scale
             dq[:, rows] = grouped(ds, k[:, keys])
             dk[:, keys] += gathered(ds, q[:, rows], len(k))
             dv[:, keys] += gathered(p, g[:, rows], len(k))

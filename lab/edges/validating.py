@@ -37,8 +37,7 @@ CELLS = 120
 NEEDED = 0.9  # recall@2k below which scores alone may not decide
 WINDOW = 3
 AT_ONCE = 32  # cut runs whose logits are held together
-"""What "negligible" means: the smallest scores, which together make up this share of all predicted size."""
-NEGLIGIBLE = 0.01
+NEGLIGIBLE = 0.01  # the smallest scores that together make up this share of all predicted size
 
 
 def validate_scores(
@@ -52,21 +51,21 @@ def validate_scores(
     subsets   random subsets of negligible cells, cut at once; windows: windows of 3 layers
     metric    only where the scores were made with a function as metric: that function
 
-    The report: `overall`, `heads` (single, all), `layers`, `pairs` -> n, spearman, pearson, same_sign (of effects above
-    `tau`), slope (1: calibrated), mean_size; `recall_at_2k`; `weak`: kinds of pairs with Spearman below 0.8 and why;
-    `additivity`; `negligible`; `ledger`.
+    The report: `overall`, `measurable` (without what is rounding noise on both sides), `means` (over items), `heads`
+    (single, all), `layers`, `pairs` -> n, spearman, pearson, same_sign (of effects above `tau`), slope (1: calibrated),
+    mean_size; `recall_at_2k`; `weak`: kinds of pairs with Spearman below 0.8 and why; `additivity`; `negligible`; `ledger`.
     Raises UsageError for scores of another kind, or items that are not those scored.
     """
     _check(result)
     if n < 2 or subsets < 0 or windows < 0:
         raise UsageError(f"n must be at least 2 cells, subsets and windows at least 0; got {n}, {subsets}, {windows}")
     dice = np.random.default_rng(seed)
+    cases = _cases(model, items, result, metric, n_frames)
     cells = _chosen(result, n, dice)
     groups = _windows(result, windows)
-    negligible = _negligible(result)
+    negligible = _negligible(result, cases[0].world.segments)
     draws = [[c for c, hit in zip(negligible, dice.random(len(negligible)) < 0.5, strict=True) if hit] for _ in range(subsets)]
     asked = _Asked([[c] for c in cells], [w for group in groups for w in group.sets], [d for d in draws if d])
-    cases = _cases(model, items, result, metric, n_frames)
     found = [
         _measured(model, case, asked, place, len(cases))
         for place, case in enumerate(progress(cases, desc="validation", show=show_progress, cancel=cancel))
@@ -148,15 +147,23 @@ def _windows(result: Result, n: int) -> list[_Window]:
     return out
 
 
-def _negligible(result: Result) -> list[Cell]:
-    """The cells (single heads) with the smallest scores, those of score 0 included, 1 % of the predicted size in all."""
+def _negligible(result: Result, segments: dict[str, Tensor]) -> list[Cell]:
+    """The cells (single heads) with the smallest scores, those of score 0 included, 1 % of the predicted size in all.
+
+    segments  of the first prompt: they say between which of them there are edges
+    """
+    q, k = result.coords["query"], result.coords["key"]
+    here = [[a in segments and b in segments and _reads(segments[a], segments[b]) for b in k] for a in q]
     size = sizes(result, by_head=True)
-    known = np.argwhere(np.isfinite(size))
+    known = np.argwhere(np.isfinite(size) & np.array(here))
     value = size[tuple(known.T)]
     order = np.argsort(value, kind="stable")
     small = order[value[order].cumsum() <= NEGLIGIBLE * value.sum()]
-    q, k = result.coords["query"], result.coords["key"]
     return [Cell(a, h, q[i], k[j]) for a, h, i, j in known[small].tolist()]
+
+
+def _reads(queries: Tensor, keys: Tensor) -> bool:
+    return int(keys[0]) <= int(queries[-1])
 
 
 # ---- one item -------------------------------------------------------------------------------------------------------
@@ -164,19 +171,24 @@ def _negligible(result: Result) -> list[Cell]:
 
 @dataclass(frozen=True)
 class _Case:
-    """One scored item: where it stands among the scores, its prompt, the edges that are cut already."""
+    """One scored item: where it stands among the scores, its prompt, the edges that are cut already, and the metric with
+    its value when it was scored."""
 
     index: int
     world: World
     base: dict[int, Tensor]
     metric: Metric
+    clean: float
 
 
 @dataclass(frozen=True)
 class _Exact:
-    """Measured changes of the metric for the sets asked; nan where the prompt lacks a segment. flips: subsets that
-    changed the choice. Subsets are shared out over the items."""
+    """Measured changes of the metric for the sets asked; nan where the prompt lacks a segment.
 
+    before  the metric with nothing more cut; flips: subsets that changed the choice. Subsets are shared out over the items
+    """
+
+    before: float
     single: list[float]
     windows: list[float]
     subsets: dict[int, float]
@@ -196,7 +208,8 @@ def _cases(model: Any, items: Any, result: Result, metric: Metric | None, n_fram
         tokens = map_of(r)
         base = {} if policy is None else policy.masks(tokens, model.cfg.n_layers, model.cfg.n_heads, r.item)
         world = World(key, r, tokens, r.item, segments_of(tokens, grid, r.item))
-        out.append(_Case(result.coords["item"].index(key), world, base, metric))
+        clean = float(result.notes["clean"][key])
+        out.append(_Case(result.coords["item"].index(key), world, base, metric, clean))
     return out
 
 
@@ -220,11 +233,21 @@ def _measured(model: Any, case: _Case, asked: _Asked, place: int, n: int) -> _Ex
     mine = [i for i in range(len(asked.subsets)) if i % n == place]
     sets = [*asked.single, *asked.windows, *(asked.subsets[i] for i in mine)]
     before, *after = _logit_values(model, store, case, sets, metric)
+    _same_prompt(case, before)
     value = [a - before for a in after]
     at = len(asked.single), len(asked.single) + len(asked.windows)
     last = dict(zip(mine, value[at[1] :], strict=True))
     flips = {i: before + change < 0 <= before for i, change in last.items()}
-    return _Exact(value[: at[0]], value[at[0] : at[1]], last, flips, store.ledger)
+    return _Exact(before, value[: at[0]], value[at[0] : at[1]], last, flips, store.ledger)
+
+
+def _same_prompt(case: _Case, before: float) -> None:
+    """Raises UsageError if the prompt's clean metric is not the one the scores were made at."""
+    if abs(before - case.clean) > 0.02 * max(1.0, abs(case.clean)):
+        raise UsageError(
+            f"{case.world.key}: the clean metric is {before:.4g}, the scores were made at {case.clean:.4g}: other weights, "
+            "other frames (n_frames), or another item; score these again"
+        )
 
 
 def _logit_values(
@@ -271,26 +294,30 @@ def _report(
 
     pairs = of([c.pair for c in cells])
     k = max(1, len(cells) // 10)
+    noise = 64 * float(torch.finfo(model.dtype).eps) * max(1.0, *(abs(f.before) for f in found))
+    heard = np.fmax(np.abs(predicted), np.abs(exact)) > noise
     return {
-        "n_cells": len(cells), "n_items": len(cases), "tau": tau,
+        "n_cells": len(cells), "n_items": len(cases), "tau": tau, "noise": noise,
+        "measurable": agreement(predicted[heard], exact[heard], tau),
         "overall": agreement(predicted.ravel(), exact.ravel(), tau),
         "means": agreement(np.nanmean(predicted, 0), np.nanmean(exact, 0), tau),
         "heads": of(["all" if c.head is None else "single" for c in cells]),
         "layers": of([thirds(c.layer, n_layers) for c in cells]), "pairs": pairs,
         "k": k, "recall_at_2k": recall(np.nanmean(np.abs(predicted), 0), np.nanmean(np.abs(exact), 0), k),
-        "weak": _weak(pairs, tau), "additivity": _additivity(result, groups, rows, found),
+        "weak": _weak(pairs, tau, noise), "additivity": _additivity(result, groups, rows, found),
         "ledger": sum((f.ledger for f in found), Ledger()).plain(),
     }  # fmt: skip
 
 
-def _weak(pairs: dict[str, Any], tau: float) -> list[dict[str, Any]]:
+def _weak(pairs: dict[str, Any], tau: float, noise: float) -> list[dict[str, Any]]:
     """Kinds of pairs whose Spearman is below 0.8, largest effects first."""
     out: list[dict[str, Any]] = []
     for pair, a in sorted(pairs.items(), key=lambda p: -(p[1]["mean_size"] or 0.0)):
         if a["spearman"] is None or a["spearman"] >= 0.8:
             continue
         why = (
-            "effects are below 1 % of the largest one" if a["mean_size"] < tau
+            "effects are rounding noise" if a["mean_size"] < noise
+            else "effects are below 1 % of the largest one" if a["mean_size"] < tau
             else "few measurements" if a["n"] < 10
             else "signs differ: later layers undo or reverse it" if (a["same_sign"] or 0.0) < 0.8
             else "sizes are mis-ranked: the effect is not linear in the row's output"
