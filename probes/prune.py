@@ -8,6 +8,7 @@ The work is done by `lab.edges.scoring`; here are its recipe and its summary. Dr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -42,9 +43,15 @@ class ScoresRecipe(Recipe):
     def run(self, *, progress: bool = True, model: Any = None) -> list[Result]:
         """Load what the recipe names (or use `model`), score, validate. Raises ConfigError if file or weights changed."""
         model = model or load_spec(self.model)
-        listed = [s.model_dump(mode="json") for s in self.items] if isinstance(self.items, tuple) else self.items
+        return [_scored(model, self._ready(model), self, progress)]
+
+    def _ready(self, model: Any) -> list[Ready]:
+        specs = self.items if isinstance(self.items, tuple) else ()
+        listed = [s.model_dump(mode="json") for s in specs] if specs else self.items
         items = list(load_items(listed, base=self.folder))
-        return [_scored(model, items, self, progress)]
+        sampled = [s.video.sampling() or {"n_frames": self.n_frames} for s in specs]
+        sampled = sampled or [{"n_frames": self.n_frames}] * len(items)
+        return [model.prepare(i, **how) for i, how in zip(items, sampled, strict=True)]
 
 
 def edge_scores(
@@ -59,7 +66,9 @@ def edge_scores(
     Returns a Result with axes (item, layer, head, query, key) in logits; negative where cutting hurts.
     """
     given = list(items) if isinstance(items, list | tuple) else [items]
-    what = dict(segmentation=segmentation, metric=metric, form=form, drop=drop, cells=cells, n_frames=n_frames)
+    what = dict(
+        segmentation=segmentation, metric=metric, form=form, drop=drop, cells=cells, n_frames=n_frames
+    )
     recipe = _recipe(model, given, what)
     found = scores(
         model, given, segmentation=segmentation, metric=metric, form=form, drop=drop, n_frames=n_frames,
@@ -71,7 +80,7 @@ def edge_scores(
     return validate_scores(model, given, found, n=cells, n_frames=n_frames, show_progress=show_progress)
 
 
-def _scored(model: Any, items: list[Any], recipe: ScoresRecipe, show: bool) -> Result:
+def _scored(model: Any, items: Sequence[Any], recipe: ScoresRecipe, show: bool) -> Result:
     found = edge_scores(
         model, items, segmentation=recipe.segmentation, metric=recipe.metric, form=recipe.form, drop=recipe.drop,
         cells=recipe.cells, n_frames=recipe.n_frames, show_progress=show,
@@ -81,11 +90,13 @@ def _scored(model: Any, items: list[Any], recipe: ScoresRecipe, show: bool) -> R
 
 def _recipe(model: Any, items: list[Any], what: dict[str, Any]) -> ScoresRecipe | None:
     """The recipe, or None where model or an item cannot be named again (arrays, wrapped models)."""
-    named = [i.item if isinstance(i, Ready) else i for i in items]
-    if not getattr(model, "spec", None) or any(i is None or not isinstance(i.video, str) for i in named):
-        return None
-    specs = tuple(spec_of(i, **(g.sampling if isinstance(g, Ready) else {})) for i, g in zip(named, items, strict=True))
-    return ScoresRecipe(model=ModelSpec(**model.spec), items=specs, **what)
+    specs: list[Any] = []
+    for given in items:
+        item, how = (given.item, given.sampling) if isinstance(given, Ready) else (given, {})
+        if not getattr(model, "spec", None) or item is None or not isinstance(item.video, str):
+            return None
+        specs.append(spec_of(item, **how))
+    return ScoresRecipe(model=ModelSpec(**model.spec), items=tuple(specs), **what)
 
 
 def unit_map(result: Result, *, by: Literal["kind", "segment"] = "kind") -> Result:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import numpy as np
@@ -51,29 +51,70 @@ def sizes(result: Result, *, by_head: bool) -> NDArray[np.float64]:
     return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
 
 
-def every_cell(result: Result, *, by_head: bool) -> list[tuple[Cell, float]]:
-    """All cells that somebody's prompt has and whose score is not 0 everywhere, with their mean sizes."""
+@dataclass(frozen=True)
+class Sample:
+    """Cells of one layer and one kind of pair that are cut together.
+
+    grain  "single head", "all heads" (one cell), or "whole kind": all of its segments, e.g. every frame to every option
+    size   mean size of the prediction over items
+    """
+
+    cells: tuple[Cell, ...]
+    grain: str
+    size: float
+
+    @property
+    def layer(self) -> int:
+        return self.cells[0].layer
+
+    @property
+    def pair(self) -> str:
+        return self.cells[0].pair
+
+    def predicted(self, result: Result) -> NDArray[np.float64]:
+        """The sum of the cells' scores, for every item; nan where the prompt has none of them."""
+        each = np.stack([c.predicted(result) for c in self.cells])
+        return np.where(np.isnan(each).all(0), np.nan, np.nansum(each, 0))
+
+
+GRAINS = ("single head", "all heads", "whole kind")
+
+
+def every_sample(result: Result, grain: str) -> list[Sample]:
+    """All samples of a grain that somebody's prompt has and whose score is not 0 everywhere."""
+    by_head = grain == "single head"
     size = sizes(result, by_head=by_head)
-    out: list[tuple[Cell, float]] = []
+    found: list[Sample] = []
     for layer, head, q, k in np.argwhere(np.nan_to_num(size) > 0).tolist():
         names = result.coords["query"][q], result.coords["key"][k]
-        out.append((Cell(layer, head if by_head else None, *names), float(size[layer, head, q, k])))
-    return out
+        cell = Cell(layer, head if by_head else None, *names)
+        found.append(Sample((cell,), grain, float(size[layer, head, q, k])))
+    return _by_kind(result, found) if grain == "whole kind" else found
 
 
-def drawn(cells: Sequence[tuple[Cell, float]], n: int, n_layers: int, dice: np.random.Generator) -> list[Cell]:
-    """n cells, or all: one from every stratum in turn. Strata: third of the model x kind of pair x decile of the size."""
-    order = np.argsort(np.argsort([size for _, size in cells], kind="stable"), kind="stable")
-    strata: dict[tuple[str, str, int], list[Cell]] = {}
-    for i in dice.permutation(len(cells)).tolist():
-        cell = cells[i][0]
-        decile = int(10 * order[i] // len(cells))
-        strata.setdefault((thirds(cell.layer, n_layers), cell.pair, decile), []).append(cell)
+def _by_kind(result: Result, found: Sequence[Sample]) -> list[Sample]:
+    kinds: dict[tuple[int, str], list[Cell]] = {}
+    for one in found:
+        kinds.setdefault((one.layer, one.pair), []).extend(one.cells)
+    made = [Sample(tuple(cells), "whole kind", 0.0) for cells in kinds.values()]
+    return [replace(m, size=float(np.nanmean(np.abs(m.predicted(result))))) for m in made]
+
+
+def drawn(samples: Sequence[Sample], n: int, n_layers: int, dice: np.random.Generator) -> list[Sample]:
+    """n samples, or all: one from every stratum in turn. Strata: third of the model x kind of pair x decile of the size."""
+    order = np.argsort(np.argsort([s.size for s in samples], kind="stable"), kind="stable")
+    strata: dict[tuple[str, str, int], list[Sample]] = {}
+    for i in dice.permutation(len(samples)).tolist():
+        one = samples[i]
+        decile = int(10 * order[i] // len(samples))
+        strata.setdefault((thirds(one.layer, n_layers), one.pair, decile), []).append(one)
     turns = zip_longest(*strata.values())
-    return [cell for turn in turns for cell in turn if cell is not None][:n]
+    return [one for turn in turns for one in turn if one is not None][:n]
 
 
-def cut_of(cells: Sequence[Cell], segments: Mapping[str, Tensor], n_pos: int, n_heads: int) -> dict[int, Tensor]:
+def cut_of(
+    cells: Sequence[Cell], segments: Mapping[str, Tensor], n_pos: int, n_heads: int
+) -> dict[int, Tensor]:
     """layer (0-based) -> removed edges: [q, k], or [head, q, k] where a cell names a head. Segments must be there."""
     out: dict[int, Tensor] = {}
     for layer in sorted({c.layer for c in cells}):

@@ -19,7 +19,9 @@ def joined(doors: Sequence[Door]) -> Door:
     embeds = torch.cat([_left(d.embeds, n, 1) for d in doors])
     ropes = [_left(_of_worlds(d.rope, d.embeds.shape[0]), n, -1) for d in doors]
     real = torch.cat([_left(_real(d), n, 1) for d in doors])
-    deep = [torch.cat([_left(x, n, 1) for x in layer]) for layer in zip(*(d.deep for d in doors), strict=True)]
+    deep = [
+        torch.cat([_left(x, n, 1) for x in layer]) for layer in zip(*(d.deep for d in doors), strict=True)
+    ]
     return Door(embeds, torch.cat(ropes, -2), None if bool(real.all()) else real, tuple(deep))
 
 

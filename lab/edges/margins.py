@@ -47,7 +47,9 @@ def check_metric(metric: Metric) -> None:
     raise UsageError(f"metric={metric!r}; use one of {', '.join(METRICS)}, or a function of the last logits")
 
 
-def margin_of(model: Any, metric: Metric, item: VideoQA | None, clean: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
+def margin_of(
+    model: Any, metric: Metric, item: VideoQA | None, clean: Tensor
+) -> tuple[Callable[[Tensor], Tensor], str]:
     """The metric for one prompt whose clean last logits are `clean` [d_vocab], and the choice it is about, in words.
 
     margin        the option the clean run chooses, against all other options; without options the token it would say,

@@ -78,7 +78,9 @@ def _check_disjoint(at: dict[str, Tensor], n: int) -> None:
         taken = owner[positions]
         if bool((taken >= 0).any()):
             other = names[int(taken[taken >= 0][0])]
-            raise UsageError(f"segments {other!r} and {names[i]!r} share positions; scores need disjoint ones")
+            raise UsageError(
+                f"segments {other!r} and {names[i]!r} share positions; scores need disjoint ones"
+            )
         owner[positions] = i
 
 

@@ -31,7 +31,7 @@ from lab.runs import Cancel, Ledger, progress
 from lab.spans import ROLES
 
 MetricFn = Callable[[Tensor], Tensor]
-# how far gates stand open, and what the pass weighs in the sum
+# how far the path is gone (0 to 1), and what the pass weighs in the sum
 Node = tuple[float, float]
 
 
@@ -39,7 +39,7 @@ Node = tuple[float, float]
 class Passes:
     """What is run: forwards at every node, and behind each one backward, or one more for every layer dropped.
 
-    policy  edges cut throughout; path: edges whose gates the nodes open and close
+    policy  edges cut throughout; path: edges that the nodes cut by and by
     """
 
     metric: Metric
@@ -115,7 +115,9 @@ def scored(
 ) -> Iterator[Found]:  # fmt: skip
     """Every prompt, scored: `tally` makes the listener of one prompt and one backward pass."""
     if model.hf.training:
-        raise RunError("in training mode dropout makes every run another one; call model.hf.eval() to score edges")
+        raise RunError(
+            "in training mode dropout makes every run another one; call model.hf.eval() to score edges"
+        )
     for worlds in progress(batches(groups, batch), desc="edge scores", show=show, cancel=cancel):
         calls = model.tower_calls
         with ExitStack() as held:
@@ -148,7 +150,9 @@ class _Batch:
             for p in (self.what.policy, self.what.path)
         )
         if path is not None and all(path.removed(layer) is None for layer in range(n_layers)):
-            raise UsageError(f"the path cuts no edge of {world.key}; give a policy whose cuts touch this prompt")
+            raise UsageError(
+                f"the path cuts no edge of {world.key}; give a policy whose cuts touch this prompt"
+            )
         return Seat(offset, len(world.tokens), base, path)
 
     def scored(self, tally: Callable[[World], Tally], dropped: Dropped) -> list[Found]:
@@ -156,17 +160,17 @@ class _Batch:
         layers: list[int | None] = [None, *(range(n) if what.drop else ())]
         tallies = [[tally(w) for _ in layers] for w in self.worlds]
         metrics, clean = self._metrics()
-        for gate, weight in what.nodes:
-            logits, start = self._forward(self.seats, gate, grad=True)
+        for shut, weight in what.nodes:
+            logits, start = self._forward(self.seats, shut, grad=True)
             metrics = metrics or self._bound(logits)
             margins = [m(logits[i]) for i, (m, _) in enumerate(metrics)]
             clean = clean or [float(m.detach()) for m in margins]
             total = torch.stack([m.float() for m in margins]).sum()
             for i, layer in enumerate(layers):
                 dropped.layer = layer
-                self._backward(total, start, [t[i] for t in tallies], (gate, weight), last=layer is layers[-1])
+                self._backward(total, start, [t[i] for t in tallies], weight, last=layer is layers[-1])
             dropped.layer = None
-        closed = self._values(metrics, self.seats, 0.0) if what.path is not None else [None] * len(metrics)
+        closed = self._values(metrics, self.seats, 1.0) if what.path is not None else [None] * len(metrics)
         return [
             Found(w, t, c, shut, said, Ledger(float(self.runs)))
             for w, t, c, shut, (_, said) in zip(self.worlds, tallies, clean, closed, metrics, strict=True)
@@ -180,32 +184,37 @@ class _Batch:
         if self.what.policy is None and self.what.path is None:
             return [], []
         bare = [Seat(s.offset, s.n) for s in self.seats]
-        metrics = self._bound(self._forward(bare, 1.0, grad=False)[0])
-        return metrics, [] if self.what.path is None else self._values(metrics, self.seats, 1.0)
+        metrics = self._bound(self._forward(bare, 0.0, grad=False)[0])
+        return metrics, [] if self.what.path is None else self._values(metrics, self.seats, 0.0)
 
     def _bound(self, logits: Tensor) -> list[tuple[MetricFn, str]]:
-        known = [margin_of(self.model, self.what.metric, w.item, x) for w, x in zip(self.worlds, logits.detach(), strict=True)]
+        known = [
+            margin_of(self.model, self.what.metric, w.item, x)
+            for w, x in zip(self.worlds, logits.detach(), strict=True)
+        ]
         return known
 
-    def _values(self, metrics: Sequence[tuple[MetricFn, str]], seats: list[Seat], gate: float) -> list[float]:
-        logits, _ = self._forward(seats, gate, grad=False)
+    def _values(self, metrics: Sequence[tuple[MetricFn, str]], seats: list[Seat], shut: float) -> list[float]:
+        logits, _ = self._forward(seats, shut, grad=False)
         return [float(m(x)) for (m, _), x in zip(metrics, logits, strict=True)]
 
-    def _forward(self, seats: list[Seat], gate: float, *, grad: bool) -> tuple[Tensor, Tensor]:
+    def _forward(self, seats: list[Seat], shut: float, *, grad: bool) -> tuple[Tensor, Tensor]:
         """Last logits [world, d_vocab], and the leaf that gradients are taken to."""
         self.runs += 1
         for seat in seats:
-            seat.open = gate
+            seat.shut = shut
         with torch.set_grad_enabled(grad):
             start = self.door.embeds.detach().requires_grad_(grad)
             resid, side = decode(self.model, replace(self.door, embeds=start), Run(attend=Tap(seats)))
             return self.model.read(resid, side, "last")[:, 0], start
 
-    def _backward(self, total: Tensor, start: Tensor, tallies: Sequence[Tally], node: Node, *, last: bool) -> None:
+    def _backward(
+        self, total: Tensor, start: Tensor, tallies: Sequence[Tally], weight: float, *, last: bool
+    ) -> None:
         """Worlds do not touch each other, so one backward of the sum gives each its own gradient."""
         self.runs += 1
         for seat, tally in zip(self.seats, tallies, strict=True):
-            tally.open, tally.weight = node
+            tally.weight = weight
             seat.listener = tally
         try:
             torch.autograd.grad(total, start, retain_graph=not last)

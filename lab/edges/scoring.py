@@ -44,8 +44,9 @@ class Scoring:
     segmentation  see `lab.edges.pairs`
     metric        see `lab.edges.margins`
     form          "knockout": exact renormalised effect on the row; "gate": the gradient of an additive gate; "read":
-                  what is read becomes zero, nothing is renormalised; "integrated": gates integrated along `path`
-    path          for "integrated": the policy whose cuts are closed together, gate by gate; other edges score 0
+                  what is read becomes zero, nothing is renormalised; "integrated": along `path`
+    path          for "integrated": the policy whose edges are cut together, by and by (see `lab.edges.tapping`). Scores are
+                  each edge's part in that and add up to all of it; edges that it leaves alone score 0
     points        forwards and backwards along the path
     drop          GradDrop: one backward more for every layer, with that layer's gradient dropped; the mean size over
                   these, so that paths through the dropped layers cannot cancel the others
@@ -74,20 +75,20 @@ class Scoring:
             raise UsageError(f"points must be a whole number of at least 1, got {self.points!r}")
         for name in ("path", "policy"):
             if not isinstance(getattr(self, name), Policy | None):
-                raise UsageError(f"{name} must be a lab.edges.Policy, got {type(getattr(self, name)).__name__}")
+                raise UsageError(
+                    f"{name} must be a lab.edges.Policy, got {type(getattr(self, name)).__name__}"
+                )
 
     def passes(self) -> Passes:
         """What is run for it."""
         return Passes(self.metric, self._nodes(), self.drop, self.policy, self.path)
 
     def _nodes(self) -> list[Node]:
-        """On the path a = s^2, Gauss-Legendre in s: where a row gives nearly all its attention to edges of the path, the
-        effect comes in the last moment before their gates close."""
+        """Along the path: Gauss-Legendre."""
         if self.form != "integrated":
-            return [(1.0, 1.0)]
+            return [(0.0, 1.0)]
         x, weight = np.polynomial.legendre.leggauss(self.points)
-        s = (x + 1) / 2
-        return [(float(a * a), float(w * a)) for a, w in zip(s, weight, strict=True)]
+        return [(float(t + 1) / 2, float(w) / 2) for t, w in zip(x, weight, strict=True)]
 
 
 def scores(

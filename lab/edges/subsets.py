@@ -88,7 +88,9 @@ class RowScores:
             raise UsageError(f"segments {unknown or 'none'}: name some of {', '.join(names)}")
         some = list(range(n_heads)) if heads is None else list(heads)
         if not 1 <= layer <= n_layers or not all(0 <= h < n_heads for h in some):
-            raise UsageError(f"layer {layer}, heads {some}: there are layers 1-{n_layers}, heads 0-{n_heads - 1}")
+            raise UsageError(
+                f"layer {layer}, heads {some}: there are layers 1-{n_layers}, heads 0-{n_heads - 1}"
+            )
         removed = torch.tensor([n in keys for n in names] + [False])
         rows = torch.cat([self.segments[q] for q in dict.fromkeys(queries)])
         lse, mean = (x[layer - 1][some][:, rows] for x in (self.lse, self.mean))
@@ -106,7 +108,9 @@ def row_scores(
     what = Scoring(segmentation, metric, policy=base_of(model, policy))
     groups = worlds_of(model, item, segmentation, n_frames)
     if len(groups) != 1 or len(groups[0]) != 1:
-        raise UsageError(f"row scores are of one prompt, got {sum(map(len, groups))}; ask for them one by one")
+        raise UsageError(
+            f"row scores are of one prompt, got {sum(map(len, groups))}; ask for them one by one"
+        )
     shape = (model.cfg.n_layers, model.cfg.n_heads)
 
     def tally(world: World) -> RowTally:

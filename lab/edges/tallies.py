@@ -20,11 +20,10 @@ from lab.edges.tapping import Seen
 
 
 class Tally(Protocol):
-    """A listener with a result. `weight` is how much the current pass counts; `open` the gate on the path."""
+    """A listener with a result. `weight` is how much the current pass counts."""
 
     sums: dict[str, Tensor]
     weight: float
-    open: float
 
     def __call__(self, seen: Seen) -> None: ...
 
@@ -46,31 +45,41 @@ class Parts:
     def __len__(self) -> int:
         return self.one_hot.shape[1]
 
-    def stats(self, seen: Seen, among: Tensor | None = None) -> RowStats:
-        """[head, row, part]. among: [head | 1, row, key] the keys that count as a part's own; None: all of them."""
-        own = self.one_hot[: seen.scores.shape[-1]].to(seen.pattern)
-        pattern, weighted = seen.pattern, seen.weighted
-        if among is not None:
-            pattern, weighted = pattern * among, weighted * among
-        mass, total = pattern @ own, weighted @ own
+    def stats(self, seen: Seen) -> RowStats:
+        """[head, row, part]"""
+        own = self._own(seen)
+        mass, total = seen.pattern @ own, seen.weighted @ own
         lse = seen.lse.masked_fill(seen.lse == NEG, 0.0)[..., None] + mass.log()
-        mean = total / mass.clamp_min(TINY)
-        return self._careful(seen, among, RowStats(lse, mean), mass < TINY)
+        return self._careful(seen, RowStats(lse, total / mass.clamp_min(TINY)), mass < TINY)
 
-    def _careful(self, seen: Seen, among: Tensor | None, rows: RowStats, small: Tensor) -> RowStats:
+    def slope(self, seen: Seen) -> Tensor:
+        """[head, row, part] change of the metric per unit of the path, by the parts its edges read.
+
+        Without them a row would give o_left in place of o; o_left - o = sum of m_B (o_left - o_B) over the edges' parts.
+        """
+        own = self._own(seen)
+        if seen.path is None or seen.left is None:
+            return seen.pattern.new_zeros(*seen.pattern.shape[:2], len(self))
+        return seen.left[..., None] * ((seen.pattern * seen.path) @ own) - (seen.weighted * seen.path) @ own
+
+    def _own(self, seen: Seen) -> Tensor:
+        """[key, part] which part a key belongs to."""
+        return self.one_hot[: seen.scores.shape[-1]].to(seen.pattern)
+
+    def _careful(self, seen: Seen, rows: RowStats, small: Tensor) -> RowStats:
         """Parts with next to no mass, from their scores; where the row has no key of the part: -inf and 0."""
         at = torch.arange(seen.rows.start, seen.rows.stop)
-        small = small & (self.first[None, :] <= seen.scores.shape[-1]).to(small.device)
-        after = (self.first[None, :] > at[:, None]).to(small.device)  # a key after the row: nothing to look for
+        after = (self.first[None, :] > at[:, None]).to(
+            small.device
+        )  # no key up to the row: none at all if causal
         lse, mean = rows.lse.masked_fill(small, NEG), rows.mean.masked_fill(small, 0.0)
         for part in (small & ~after).any(0).any(0).nonzero().squeeze(1).tolist():
             keys = (self.of[: seen.scores.shape[-1]] == part).nonzero().squeeze(1).to(seen.scores.device)
-            some = seen.scores[..., keys]
-            if among is not None:
-                some = some.masked_fill(~among[..., keys], NEG)
-            which = small[..., part]
+            some, which = seen.scores[..., keys], small[..., part]
             lse[..., part] = torch.where(which, some.logsumexp(-1), lse[..., part])
-            mean[..., part] = torch.where(which, (shares(some) * seen.worth[..., keys]).sum(-1), mean[..., part])
+            mean[..., part] = torch.where(
+                which, (shares(some) * seen.worth[..., keys]).sum(-1), mean[..., part]
+            )
         return RowStats(lse, mean)
 
 
@@ -86,7 +95,7 @@ class PairTally:
     """Sums over query segments for every key segment: sums[form] is [layer, head, query, key].
 
     forms   name -> function of row statistics; "mass" and "contribution" may be among them
-    on_path True: scores are those of the path's edges alone, by the gradient of their gate
+    on_path True: scores are those of the path's edges alone, what one step along the path does through each part
     """
 
     queries: Sequence[Tensor]
@@ -96,7 +105,6 @@ class PairTally:
     n: int
     on_path: bool = False
     weight: float = 1.0
-    open: float = 1.0
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,20 +114,12 @@ class PairTally:
         self._owner = Parts(self.queries, self.n).of
 
     def __call__(self, seen: Seen) -> None:
-        stats = self._parts.stats(seen)
         if self.on_path:
-            self._add(seen, "integrated", self._gates(seen, stats))
+            self._add(seen, "integrated", self._parts.slope(seen))
             return
+        stats = self._parts.stats(seen)
         for name, form in self.forms.items():
             self._add(seen, name, form(stats))
-
-    def _gates(self, seen: Seen, stats: RowStats) -> Tensor:
-        """Change that closing the gates of the path's edges would bring at this slope, by part."""
-        if seen.path is None:
-            return torch.zeros_like(stats.lse)
-        on = self._parts.stats(seen, seen.path)
-        mass = (on.lse - seen.lse.masked_fill(seen.lse == NEG, 0.0)[..., None]).exp()
-        return mass * (stats.total - on.mean) / self.open
 
     def _add(self, seen: Seen, name: str, values: Tensor) -> None:
         """values [head, row, part]"""
@@ -137,7 +137,6 @@ class UnitTally:
     bound: Bound
     shape: tuple[int, int]
     weight: float = 1.0
-    open: float = 1.0
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -167,7 +166,6 @@ class RowTally:
     shape: tuple[int, int]
     n: int
     weight: float = 1.0
-    open: float = 1.0
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -3,14 +3,17 @@
 1 forward: softmax attention of one world, in blocks of query rows   2 backward, the same blocks: scores are computed
 again, <g, v_j> is needed for the gradient anyway, and both are shown to a listener before they are let go. Nothing of
 the size heads x positions x positions is ever held. Stands in for the kernel through `Run.attend`.
+
+A path leads from attention as it is to attention without some edges, in a straight line of every row's output: at
+`shut` t a row gives (1 - t) softmax(all edges) + t softmax(the edges left). (A gate on the scores would do nothing to a
+row that has nearly all its attention on the path, until the very end.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import log
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +35,7 @@ class Seen:
     lse      [head, row] log-sum-exp of the scores; pattern: [head, row, key] their softmax, zeros in a row without edges
     worth    [head, row, key] <g, v_key>, g the gradient of the metric at the row's output
     weighted [head, row, key] pattern x worth
-    path     [head | 1, row, key] edges whose gates the path moves, None without a path
+    path     [head | 1, row, key] edges on the path, None if there are none; left: [head, row] <g, o without them>
     """
 
     layer: int
@@ -43,6 +46,7 @@ class Seen:
     worth: Tensor
     weighted: Tensor
     path: Tensor | None
+    left: Tensor | None
 
 
 Listener = Callable[[Seen], None]
@@ -52,14 +56,14 @@ Listener = Callable[[Seen], None]
 class Seat:
     """One world of a batch: where its rows begin (padding stands before), what is cut, who listens.
 
-    base    edges that are cut; path: edges whose gate stands at `open` (1: e^score as it is; 0: cut)
+    base    edges that are cut; path: edges that are cut by the share `shut` (0: as they are, 1: cut)
     """
 
     offset: int
     n: int
     base: Bound | None = None
     path: Bound | None = None
-    open: float = 1.0
+    shut: float = 0.0
     listener: Listener | None = None
 
 
@@ -107,13 +111,13 @@ class _Site:
         raw = grouped(q, k.transpose(1, 2)) * self.scale
         keep, added, path = self._edges(rows, raw.shape[-1])
         raw = raw if added is None else raw + added.to(raw)
-        keep = keep.to(raw.device)
-        if path is not None and self.seat.open > 0:
-            path = path.to(raw.device)
-            raw = raw + path * log(self.seat.open)
-        elif path is not None:
-            keep = keep & ~path.to(raw.device)
-        return raw.masked_fill(~keep, NEG), path
+        return raw.masked_fill_(~keep.to(raw.device), NEG), None if path is None else path.to(raw.device)
+
+    def softmaxes(self, scores: Tensor, path: Tensor | None) -> list[tuple[float, Tensor]]:
+        """The patterns whose weighted sum is what the rows read: with the path's edges, and without."""
+        shut = 0.0 if path is None else self.seat.shut
+        both = [(1.0 - shut, scores), (shut, scores if path is None else scores.masked_fill(path, NEG))]
+        return [(weight, softmax(x)[1]) for weight, x in both if weight]
 
     def _edges(self, rows: slice, width: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Edges there are [head | 1, row, key], what base gates add to their scores, and which lie on the path."""
@@ -143,10 +147,22 @@ def gathered(x: Tensor, y: Tensor, kv: int) -> Tensor:
     return (x.transpose(1, 2) @ y).unflatten(0, (kv, -1)).sum(1)
 
 
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp [head, row] and softmax over keys; a row without any key has -inf, and zeros."""
     lse = scores.logsumexp(-1)
     return lse, (scores - lse.masked_fill(lse == NEG, 0.0)[..., None]).exp_()
+
+
+def _back(softmaxes: Sequence[tuple[float, Tensor]], worth: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the metric at the scores, and the pattern that was read."""
+    slopes = [w * p * (worth - (p * worth).sum(-1, keepdim=True)) for w, p in softmaxes]
+    return cast(Tensor, sum(slopes)), cast(Tensor, sum(w * p for w, p in softmaxes))
+
+
+def _seen(layer: int, rows: slice, scores: Tensor, worth: Tensor, path: Tensor | None) -> Seen:
+    lse, p = softmax(scores)
+    left = None if path is None else (softmax(scores.masked_fill(path, NEG))[1] * worth).sum(-1)
+    return Seen(layer, rows, scores, lse, p, worth, p * worth, path, left)
 
 
 class _Tapped(torch.autograd.Function):
@@ -158,8 +174,9 @@ class _Tapped(torch.autograd.Function):
         z = torch.empty_like(q)
         for rows in site.blocks(len(q)):
             keys = slice(0, site.width(rows))
-            scores, _ = site.scores(q[:, rows].to(wide), k[:, keys].to(wide), rows)
-            z[:, rows] = grouped(_softmax(scores)[1], v[:, keys].to(wide)).to(z.dtype)
+            scores, path = site.scores(q[:, rows].to(wide), k[:, keys].to(wide), rows)
+            read = sum(weight * p for weight, p in site.softmaxes(scores, path))
+            z[:, rows] = grouped(cast(Tensor, read), v[:, keys].to(wide)).to(z.dtype)
         ctx.save_for_backward(q, k, v)
         ctx.site = site
         return z
@@ -174,12 +191,11 @@ class _Tapped(torch.autograd.Function):
         for rows in site.blocks(len(q)):
             keys = slice(0, site.width(rows))
             scores, path = site.scores(q[:, rows], k[:, keys], rows)
-            lse, p = _softmax(scores)
             worth = grouped(g[:, rows], v[:, keys].transpose(1, 2))
-            weighted = p * worth
             if site.seat.listener is not None:
-                site.seat.listener(Seen(site.parts.index, rows, scores, lse, p, worth, weighted, path))
-            ds = torch.addcmul(weighted, p, weighted.sum(-1, keepdim=True), value=-1.0) * site.scale
+                site.seat.listener(_seen(site.parts.index, rows, scores, worth, path))
+            ds, p = _back(site.softmaxes(scores, path), worth)
+            ds *= site.scale
             dq[:, rows] = grouped(ds, k[:, keys])
             dk[:, keys] += gathered(ds, q[:, rows], len(k))
             dv[:, keys] += gathered(p, g[:, rows], len(k))

@@ -1,7 +1,7 @@
 """Validation: edge scores held against real cuts, before anything is cut by them (notes C8).
 
-1 draw cells by strata (third of the model x kind of pair x decile of the predicted size), single heads and all heads
-2 cut each of them for real, in every item, with the fast executor   3 correlations, signs, recall, calibration, by
+1 draw cells by strata (third of the model x kind of pair x decile of the predicted size): single heads, all heads, and
+whole kinds of pairs   2 cut each of them for real, in every item, with the fast executor   3 correlations, signs, recall, calibration, by
 stratum   4 windows of layers cut together against the sum of their parts: what first order cannot add up   5 random
 subsets of what the scores call negligible, cut all at once: how much can have been missed (AtP*, arXiv 2403.00745)
 """
@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lab.edges.agreement import agreement, recall
-from lab.edges.cells import Cell, cut_of, drawn, every_cell, sizes, thirds
+from lab.edges.agreeing import agreement, recall
+from lab.edges.cells import GRAINS, Cell, Sample, cut_of, drawn, every_sample, sizes, thirds
 from lab.edges.closure import Cuts
 from lab.edges.fast import run_cut
 from lab.edges.margins import Metric, margin_of
@@ -47,25 +47,33 @@ def validate_scores(
     """The same scores with a report in `notes["validation"]`, made by cutting edges for real.
 
     items     the items (or some of the items) that were scored, prepared in the same way
-    n         cells, half of them single heads, half all heads; each is cut in every item
+    n         cells: a third of them single heads, a third all heads, a third whole kinds (every frame to every option of a
+              layer), predicted by the sum of scores; each is cut in every item
     subsets   random subsets of negligible cells, cut at once; windows: windows of 3 layers
     metric    only where the scores were made with a function as metric: that function
 
-    The report: `overall`, `measurable` (without what is rounding noise on both sides), `means` (over items), `heads`
-    (single, all), `layers`, `pairs` -> n, spearman, pearson, same_sign (of effects above `tau`), slope (1: calibrated),
+    The report: `overall`, `measurable` (without what is rounding noise on both sides), `means` (over items), `grains`
+    (single head, all heads, whole kind), `layers`, `pairs` -> n, spearman, pearson, same_sign (of effects above `tau`), slope (1: calibrated),
     mean_size; `recall_at_2k`; `weak`: kinds of pairs with Spearman below 0.8 and why; `additivity`; `negligible`; `ledger`.
     Raises UsageError for scores of another kind, or items that are not those scored.
     """
     _check(result)
     if n < 2 or subsets < 0 or windows < 0:
-        raise UsageError(f"n must be at least 2 cells, subsets and windows at least 0; got {n}, {subsets}, {windows}")
+        raise UsageError(
+            f"n must be at least 2 cells, subsets and windows at least 0; got {n}, {subsets}, {windows}"
+        )
     dice = np.random.default_rng(seed)
     cases = _cases(model, items, result, metric, n_frames)
     cells = _chosen(result, n, dice)
     groups = _windows(result, windows)
     negligible = _negligible(result, cases[0].world.segments)
-    draws = [[c for c, hit in zip(negligible, dice.random(len(negligible)) < 0.5, strict=True) if hit] for _ in range(subsets)]
-    asked = _Asked([[c] for c in cells], [w for group in groups for w in group.sets], [d for d in draws if d])
+    draws = [
+        [c for c, hit in zip(negligible, dice.random(len(negligible)) < 0.5, strict=True) if hit]
+        for _ in range(subsets)
+    ]
+    asked = _Asked(
+        [list(c.cells) for c in cells], [w for group in groups for w in group.sets], [d for d in draws if d]
+    )
     found = [
         _measured(model, case, asked, place, len(cases))
         for place, case in enumerate(progress(cases, desc="validation", show=show_progress, cancel=cancel))
@@ -119,32 +127,30 @@ class _Asked:
     subsets: list[list[Cell]]
 
 
-def _chosen(result: Result, n: int, dice: np.random.Generator) -> list[Cell]:
+def _chosen(result: Result, n: int, dice: np.random.Generator) -> list[Sample]:
     n_layers = len(result.coords["layer"])
-    halves = ((True, n // 2), (False, n - n // 2))
-    out = [c for by_head, m in halves for c in drawn(every_cell(result, by_head=by_head), m, n_layers, dice)]
+    share = -(-n // len(GRAINS))
+    out = [s for grain in GRAINS for s in drawn(every_sample(result, grain), share, n_layers, dice)]
     if not out:
         raise UsageError("every score is 0: there is nothing to hold against real cuts")
     return out
 
 
 def _windows(result: Result, n: int) -> list[_Window]:
-    """Windows of 3 layers (all heads) of the kinds of pairs with the largest scores."""
-    known = every_cell(result, by_head=False)
-    n_layers = len(result.coords["layer"])
+    """Windows of 3 layers (all heads) of the whole kinds of pairs with the largest scores."""
+    known = {(s.pair, s.layer): s for s in every_sample(result, "whole kind")}
+    starts = range(max(1, len(result.coords["layer"]) - WINDOW + 1))
     total: dict[tuple[str, int], float] = {}
-    for cell, size in known:
-        for first in range(max(0, cell.layer - WINDOW + 1), min(cell.layer, n_layers - WINDOW) + 1):
-            total[cell.pair, first] = total.get((cell.pair, first), 0.0) + size
+    for (pair, layer), one in known.items():
+        for first in (f for f in starts if f <= layer < f + WINDOW):
+            total[pair, first] = total.get((pair, first), 0.0) + one.size
     best = sorted(total, key=lambda key: -total[key])[:n]
-    out: list[_Window] = []
-    for pair, first in best:
-        layers = [
-            [c for c, _ in known if c.pair == pair and c.layer == layer] for layer in range(first, first + WINDOW)
-        ]
-        some = [cells for cells in layers if cells]
-        out.append(_Window(pair, [[c for cells in some for c in cells], *some]))
-    return out
+    return [_window(pair, [known.get((pair, first + i)) for i in range(WINDOW)]) for pair, first in best]
+
+
+def _window(pair: str, layers: Sequence[Sample | None]) -> _Window:
+    some = [list(s.cells) for s in layers if s is not None]
+    return _Window(pair, [[c for cells in some for c in cells], *some])
 
 
 def _negligible(result: Result, segments: dict[str, Tensor]) -> list[Cell]:
@@ -277,7 +283,7 @@ def _with(base: Cuts, more: dict[int, Tensor]) -> dict[int, Tensor]:
 
 
 def _report(
-    model: Any, result: Result, cells: list[Cell], groups: list[_Window], asked: _Asked, cases: list[_Case],
+    model: Any, result: Result, cells: list[Sample], groups: list[_Window], asked: _Asked, cases: list[_Case],
     found: list[_Exact],
 ) -> dict[str, Any]:  # fmt: skip
     rows = [c.index for c in cases]
@@ -287,10 +293,8 @@ def _report(
     n_layers = len(result.coords["layer"])
 
     def of(names: Sequence[str]) -> dict[str, Any]:
-        return {
-            name: agreement(*(x[:, [m == name for m in names]].ravel() for x in (predicted, exact)), tau)
-            for name in dict.fromkeys(names)
-        }
+        at = {name: [m == name for m in names] for name in dict.fromkeys(names)}
+        return {n: agreement(predicted[:, i].ravel(), exact[:, i].ravel(), tau) for n, i in at.items()}
 
     pairs = of([c.pair for c in cells])
     k = max(1, len(cells) // 10)
@@ -301,7 +305,7 @@ def _report(
         "measurable": agreement(predicted[heard], exact[heard], tau),
         "overall": agreement(predicted.ravel(), exact.ravel(), tau),
         "means": agreement(np.nanmean(predicted, 0), np.nanmean(exact, 0), tau),
-        "heads": of(["all" if c.head is None else "single" for c in cells]),
+        "grains": of([c.grain for c in cells]),
         "layers": of([thirds(c.layer, n_layers) for c in cells]), "pairs": pairs,
         "k": k, "recall_at_2k": recall(np.nanmean(np.abs(predicted), 0), np.nanmean(np.abs(exact), 0), k),
         "weak": _weak(pairs, tau, noise), "additivity": _additivity(result, groups, rows, found),
@@ -320,13 +324,17 @@ def _weak(pairs: dict[str, Any], tau: float, noise: float) -> list[dict[str, Any
             else "effects are below 1 % of the largest one" if a["mean_size"] < tau
             else "few measurements" if a["n"] < 10
             else "signs differ: later layers undo or reverse it" if (a["same_sign"] or 0.0) < 0.8
-            else "sizes are mis-ranked: the effect is not linear in the row's output"
+            else "sizes are mis-ranked: large cuts leave the linear range"
         )  # fmt: skip
-        out.append({"pair": pair, "spearman": a["spearman"], "mean_size": a["mean_size"], "n": a["n"], "why": why})
+        out.append(
+            {"pair": pair, "spearman": a["spearman"], "mean_size": a["mean_size"], "n": a["n"], "why": why}
+        )
     return out
 
 
-def _additivity(result: Result, groups: list[_Window], rows: list[int], found: list[_Exact]) -> dict[str, Any]:
+def _additivity(
+    result: Result, groups: list[_Window], rows: list[int], found: list[_Exact]
+) -> dict[str, Any]:
     """Windows of layers: cut together, against the sum of single layers cut for real, and against the sum of scores."""
     joint: list[float] = []
     single: list[float] = []
