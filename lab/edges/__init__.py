@@ -13,24 +13,62 @@ from typing import TYPE_CHECKING, Any
 
 # name -> (module, attribute); an empty attribute hands out the module itself
 _SURFACE = {
-    "Cut": ("lab.edges.cuts", "Cut"),
-    "Policy": ("lab.edges.policy", "Policy"),
+    "Budget": ("lab.edges.searching", "Budget"),
     "Count": ("lab.edges.counting", "Count"),
+    "Cut": ("lab.edges.cuts", "Cut"),
+    "Found": ("lab.edges.searching", "Found"),
     "Mass": ("lab.edges.mass", "Mass"),
+    "Policy": ("lab.edges.policy", "Policy"),
+    "check_validated": ("lab.edges.validating", "check_validated"),
+    "evaluate": ("lab.edges.evidence", "evaluate"),
+    "ladder": ("lab.edges.found", "ladder"),
+    "overlap": ("lab.edges.evidence", "overlap"),
     "presets": ("lab.edges.presets", ""),
+    "row_scores": ("lab.edges.subsets", "row_scores"),
+    "scalars": ("lab.edges.scoring", "scalars"),
+    "scores": ("lab.edges.scoring", "scores"),
+    "search": ("lab.edges.searching", "search"),
     "segment_mass": ("lab.edges.mass", "segment_mass"),
     "sweep": ("lab.edges.sweeping", "sweep"),
+    "unit_scores": ("lab.edges.subsets", "unit_scores"),
+    "validate_scores": ("lab.edges.validating", "validate_scores"),
 }
 
 if TYPE_CHECKING:
     from lab.edges import presets
     from lab.edges.counting import Count
     from lab.edges.cuts import Cut
+    from lab.edges.evidence import evaluate, overlap
+    from lab.edges.found import ladder
     from lab.edges.mass import Mass, segment_mass
     from lab.edges.policy import Policy
+    from lab.edges.scoring import scalars, scores
+    from lab.edges.searching import Budget, Found, search
+    from lab.edges.subsets import row_scores, unit_scores
     from lab.edges.sweeping import sweep
+    from lab.edges.validating import check_validated, validate_scores
 
-__all__ = ["Count", "Cut", "Mass", "Policy", "presets", "segment_mass", "sweep"]
+__all__ = [
+    "Budget",
+    "Count",
+    "Cut",
+    "Found",
+    "Mass",
+    "Policy",
+    "check_validated",
+    "evaluate",
+    "ladder",
+    "overlap",
+    "presets",
+    "row_scores",
+    "scalars",
+    "scores",
+    "search",
+    "segment_mass",
+    "sweep",
+    "unit_scores",
+    "validate_scores",
+]
 
 
 def __getattr__(name: str) -> Any:
