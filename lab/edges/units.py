@@ -19,7 +19,7 @@ from lab.edges.cuts import Cut
 from lab.edges.policy import Policy
 from lab.edges.ranges import layer_text
 from lab.errors import UsageError
-from lab.spans import GROUPS, ROLES
+from lab.spans import GROUPS
 
 Grain = Literal["pair", "option", "distance", "head"]
 GRAINS: tuple[Grain, ...] = ("pair", "option", "distance", "head")
@@ -269,6 +269,16 @@ def _joined_names(
         yield "+".join(sorted(qs)), k, where, heads, layers
 
 
-def is_role(name: str) -> bool:
-    """Whether a segment name is a plain role (and so may be joined with others)."""
-    return name in ROLES or name in GROUPS
+def wholes(unit: Unit) -> Iterator[Unit]:
+    """The unit and all units it is a part of."""
+    for q in dict.fromkeys((unit.q, unit.q.partition(":")[0])):
+        for k in dict.fromkeys((unit.k, unit.k.partition(":")[0])):
+            for where in dict.fromkeys((unit.where, "")):
+                for heads in dict.fromkeys((unit.heads, ())):
+                    yield Unit(unit.layer, q, k, where, heads)
+
+
+def disjoint(units: Iterable[Unit]) -> list[Unit]:
+    """Without those that are part of another that is there."""
+    every = set(units)
+    return sorted(u for u in every if not any(w in every for w in wholes(u) if w != u))
