@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from lab.edges.fingerprints import ModelInfo
 from lab.edges.policy import Policy
 from lab.edges.trials import Trials
 from lab.edges.units import Grain, Unit, cuts_of, split, units_of
-from lab.errors import UsageError
+from lab.errors import TooBig, UsageError
 from lab.model.ready import Ready
 
 MOST = 16  # prompts looked at: patterns are L x L
@@ -24,7 +25,8 @@ MOST = 16  # prompts looked at: patterns are L x L
 @torch.no_grad()
 def mass_of(model: Any, readies: Sequence[Ready], units: Sequence[Unit]) -> dict[Unit, float]:
     """Mean over samples, heads and query rows of the share of attention that each unit's keys get."""
-    trials = Trials(model, list(readies)[:MOST])
+    trials, nothing = Trials(model, list(readies)[:MOST]), Policy(cuts=())
+    check_room(model, max(g.bound.n for g in trials.grids))
     total = dict.fromkeys(units, 0.0)
     by_layer: dict[int, list[Unit]] = {}
     for u in units:
@@ -36,8 +38,18 @@ def mass_of(model: Any, readies: Sequence[Ready], units: Sequence[Unit]) -> dict
                 total[u] += _share(pattern[0], grid.mask(u.edges), u.heads)
 
         hooks = [(f"blocks.{layer}.attn.hook_pattern", look) for layer in by_layer]
-        model.run_with_hooks(ready, fwd_hooks=hooks)
+        with model.hooks(fwd_hooks=hooks):
+            model(ready, policy=nothing)
     return {u: t / len(trials) for u, t in total.items()}
+
+
+def check_room(model: Any, n: int) -> None:
+    """Raises TooBig if one layer's pattern, scores and their softmax in float32 would take most of free memory."""
+    need = 3 * 4 * model.cfg.n_heads * n * n
+    on_gpu = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
+    if need > free // 2:
+        raise TooBig(f"attention of {n:,} positions takes {need:,} bytes a layer, {free:,} are free; use fewer frames")
 
 
 def _share(pattern: Tensor, mask: Tensor, heads: tuple[int, ...]) -> float:

@@ -20,14 +20,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from lab.carriers import VideoQA
 from lab.edges.bounds import CONFIDENCE, items_needed, most_hits, share_bound
 from lab.edges.closure import closure_of
 from lab.edges.fingerprints import Calibration
+from lab.edges.found import as_policy, plain_unit
 from lab.edges.policy import Policy
 from lab.edges.sweeping import _fingerprint, as_ready
 from lab.edges.trials import Effect, Trials
-from lab.edges.found import as_policy, plain_unit
 from lab.edges.units import GRAINS, Grain, Roles, Unit, disjoint, split, units_of, wholes
 from lab.edges.warm import Predicted, predicted
 from lab.errors import UsageError
