@@ -16,6 +16,12 @@ _SURFACE = {
     "Cut": ("lab.edges.cuts", "Cut"),
     "Policy": ("lab.edges.policy", "Policy"),
     "Count": ("lab.edges.counting", "Count"),
+    "Budget": ("lab.edges.searching", "Budget"),
+    "Found": ("lab.edges.searching", "Found"),
+    "evaluate": ("lab.edges.evidence", "evaluate"),
+    "ladder": ("lab.edges.found", "ladder"),
+    "overlap": ("lab.edges.evidence", "overlap"),
+    "search": ("lab.edges.searching", "search"),
     "presets": ("lab.edges.presets", ""),
     "sweep": ("lab.edges.sweeping", "sweep"),
 }
@@ -24,10 +30,15 @@ if TYPE_CHECKING:
     from lab.edges import presets
     from lab.edges.counting import Count
     from lab.edges.cuts import Cut
+    from lab.edges.evidence import evaluate, overlap
+    from lab.edges.found import ladder
     from lab.edges.policy import Policy
+    from lab.edges.searching import Budget, Found, search
     from lab.edges.sweeping import sweep
 
-__all__ = ["Count", "Cut", "Policy", "presets", "sweep"]
+__all__ = [
+    "Budget", "Count", "Cut", "Found", "Policy", "evaluate", "ladder", "overlap", "presets", "search", "sweep",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
