@@ -31,22 +31,23 @@ def places(template: str, tokenizer: Any, ids: Sequence[int], hidden: Sequence[b
     Raises PromptError for a template without slots or with unknown ones, for no match, and for several.
     """
     shown = [i for i, no in enumerate(hidden) if not no]
-    text, ends = _text(tokenizer, [ids[i] for i in shown])
+    text, starts = _text(tokenizer, [ids[i] for i in shown])
     found = _match(template, text)
     out: RoleMap = {}
     for role, start, stop in _pieces(found):
-        for a, b in _runs([i for i, at in zip(shown, [0, *ends[:-1]], strict=True) if start <= at < stop]):
+        for a, b in _runs([i for i, at in zip(shown, starts, strict=True) if start <= at < stop]):
             out.setdefault(role, []).append((a, b))
     return out
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[int]]:
-    """The text of the tokens and where each ends in it."""
-    ends, text = [], ""
+    """The text of the tokens and where each begins in it, white space before it left out."""
+    starts, text = [], ""
     for i in range(len(ids)):
-        text = tokenizer.decode(list(ids[: i + 1]), skip_special_tokens=False)
-        ends.append(len(text))
-    return text, ends
+        before, text = text, tokenizer.decode(list(ids[: i + 1]), skip_special_tokens=False)
+        new = text[len(before) :]
+        starts.append(len(before) + len(new) - len(new.lstrip() or new))
+    return text, starts
 
 
 def _match(template: str, text: str) -> re.Match[str]:
@@ -76,15 +77,16 @@ def _pattern(template: str) -> str:
     for i, (literal, name, said, _) in enumerate(parts):
         out += f"(?P<literal{i}>{_literal(literal)})" if literal else ""
         if name is not None:
-            out += f"(?P<{name}>{_slot(name, said or '', last=i == len(parts) - 1)})"
+            touches = bool(i and not literal)  # a slot that follows a slot has to say where it begins
+            out += f"(?P<{name}>{_slot(name, said or '', touches, i == len(parts) - 1)})"
     return out.replace(r"\s*", "", 1)  # a match begins at its first mark, not at the white space before it
 
 
-def _slot(name: str, said: str, last: bool) -> str:
+def _slot(name: str, said: str, touches: bool, last: bool) -> str:
     """What a slot matches: its literal text, options from the first letter on, anything; the last to the prompt's end."""
     if said:
         return _literal(said)
-    return (rf"(?:{_LETTER.format('A')})?" if name == "options" else "") + (".+" if last else ".+?")
+    return (_LETTER.format("A") if name == "options" and touches else "") + (".+" if last else ".+?")
 
 
 def _literal(text: str) -> str:
