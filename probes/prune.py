@@ -56,7 +56,7 @@ class BudgetSpec(Part):
     """A recipe's budget; see `lab.edges.Budget`."""
 
     kl: float = Field(default=0.02, gt=0)
-    flips: float = Field(default=0.03, gt=0, lt=1)
+    flips: float = Field(default=0.03, gt=0, le=1)
     confidence: float = Field(default=0.95, gt=0, lt=1)
     forwards: float = Field(default=80.0, gt=0)
 
@@ -120,7 +120,10 @@ def prune(
         model, readies, budget=budget, scores=_scores(model, readies) if warm else None, method=method, roles=roles,
         finer=tuple(finer), layers=layers, out=folder and folder / "search", cancel=cancel, show_progress=show_progress,
     )  # fmt: skip
-    pictures = {"units": unit_map(found.policy, model, readies[0]), "live": liveness(found.policy, model, readies[0])}
+    pictures = {
+        "units": unit_map(found.policy, model, readies[0]),
+        "live": liveness(found.policy, model, readies[0]),
+    }
     if not holdout or not found.trail.notes["complete"]:
         return Pruned(found.policy, found.trail, None, pictures)
     rungs = ladder(found.policy, found.trail)
@@ -195,7 +198,9 @@ def liveness(policy: Policy, model: Any, ready: Ready) -> Result:
     masks = policy.masks(tokens, c.n_layers, c.n_heads, ready.item)
     live = closure_of(masks, len(tokens), c.n_layers, [len(tokens) - 1]).live
     names = segments_of(tokens)
-    rows = [[float(live[i + 1][grid.bound.members(n)].float().mean()) for i in range(c.n_layers)] for n in names]
+    rows = [
+        [float(live[i + 1][grid.bound.members(n)].float().mean()) for i in range(c.n_layers)] for n in names
+    ]
     return Result(
         values=np.array(rows), axes=("role", "layer"), recipe={}, unit="share of rows that reach the answer",
         coords={"role": list(names), "layer": list(range(1, c.n_layers + 1))}, name="which rows live",

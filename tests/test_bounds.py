@@ -44,7 +44,10 @@ def test_bounds_hold_as_often_as_they_say():
     rng = np.random.default_rng(1)
     held = [share_bound(int(rng.binomial(50, 0.1)), 50) >= 0.1 for _ in range(400)]
     assert np.mean(held) > 0.93
-    drops = [paired_bound((rng.random(120) < 0.2).astype(float), list(range(120)), n_boot=300)[2] for _ in range(150)]
+    drops = [
+        paired_bound((rng.random(120) < 0.2).astype(float), list(range(120)), n_boot=300)[2]
+        for _ in range(150)
+    ]
     assert 0.88 < np.mean(np.array(drops) >= 0.2) < 0.99
 
 
@@ -53,7 +56,9 @@ def test_no_difference_is_no_certainty():
     assert bound == pytest.approx(share_bound(0, 30)) and (low, high) == (-bound, bound)
 
 
-@pytest.mark.parametrize("bad", [lambda: share_bound(3, 2), lambda: mean_bound([]), lambda: paired_bound(np.zeros(2), [1])])
+@pytest.mark.parametrize(
+    "bad", [lambda: share_bound(3, 2), lambda: mean_bound([]), lambda: paired_bound(np.zeros(2), [1])]
+)
 def test_nonsense_is_refused(bad):
     with pytest.raises(UsageError):
         bad()

@@ -84,7 +84,9 @@ def verdict(told: Result, trail: Result) -> dict[str, Any]:
     def of(policy: str, measure: str) -> float:
         return float(part.select(policy=policy, measure=measure).values)
 
-    got = {m: of("policy", m) for m in ("kept_video", "drop_bound", "flips", "kept", "kept_live", "kl", "drop")}
+    got = {
+        m: of("policy", m) for m in ("kept_video", "drop_bound", "flips", "kept", "kept_live", "kl", "drop")
+    }
     got["forwards_per_item"] = float(trail.notes["forwards_per_item"])
     exit_ = _least_exit(part)
     return {
@@ -100,19 +102,29 @@ def verdict(told: Result, trail: Result) -> dict[str, Any]:
 def _least_exit(part: Result) -> dict[str, Any] | None:
     """The exit with fewest live edges whose accuracy bound meets the same aim; the full model if none does."""
     rows = [(float(part.select(policy=p, measure="kept_live").values), p) for p in part.coords["policy"] if p == "full" or "exit" in p]  # fmt: skip
-    good = [r for r in rows if float(part.select(policy=r[1], measure="drop_bound").values) <= AIMS["drop_bound"]]
+    good = [
+        r for r in rows if float(part.select(policy=r[1], measure="drop_bound").values) <= AIMS["drop_bound"]
+    ]
     return {"kept_live": min(good)[0], "name": min(good)[1]} if good else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Search, evidence and export of a pruning policy on simulated tasks.")
+    parser = argparse.ArgumentParser(
+        description="Search, evidence and export of a pruning policy on simulated tasks."
+    )
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--tasks", nargs="+", default=list(TEMPORAL))
-    parser.add_argument("--calibration", type=int, default=160, help="calibration items of each search, all tasks together")
+    parser.add_argument(
+        "--calibration", type=int, default=160, help="calibration items of each search, all tasks together"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="searches, each on its own calibration items")
     parser.add_argument("--holdout", type=int, default=5000, help="held-out items of the claim")
-    parser.add_argument("--table", type=int, default=250, help="held-out items of the table with every baseline")
-    parser.add_argument("--more-frames", type=int, default=200, help="held-out items at 12 and 16 frames each")
+    parser.add_argument(
+        "--table", type=int, default=250, help="held-out items of the table with every baseline"
+    )
+    parser.add_argument(
+        "--more-frames", type=int, default=200, help="held-out items at 12 and 16 frames each"
+    )
     parser.add_argument("--kl", type=float, default=0.05)
     parser.add_argument("--flips", type=float, default=0.03)
     parser.add_argument("--finer", nargs="*", default=["distance", "option", "head"])
@@ -130,13 +142,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     told = claim(model, policy, tested, out)
     ready = model.prepare(tested[0])
     c = model.cfg
-    pictures = {"curve": curve_of(table), "units": unit_map(policy, model, ready), "live": liveness(policy, model, ready)}
+    pictures = {
+        "curve": curve_of(table),
+        "units": unit_map(policy, model, ready),
+        "live": liveness(policy, model, ready),
+    }
     if len(found) > 1:
-        same = overlap({n: f.policy for n, f in found.items()}, ready.maps[0], c.n_layers, c.n_heads, ready.item)
+        same = overlap(
+            {n: f.policy for n, f in found.items()}, ready.maps[0], c.n_layers, c.n_heads, ready.item
+        )
         pictures["overlap"] = same
     longer = {
         f"{f} frames": evaluate(
-            model, policy, holdout(args.tasks, args.more_frames, [], frames=f), "none", n_frames=f, out=out / f"frames-{f}"
+            model,
+            policy,
+            holdout(args.tasks, args.more_frames, [], frames=f),
+            "none",
+            n_frames=f,
+            out=out / f"frames-{f}",
         )
         for f in EXTRA_FRAMES
     }
@@ -158,7 +181,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _search(found: Found) -> dict[str, Any]:
     notes = found.trail.notes
     kept = ("complete", "stopped", "caution", "forwards_per_item", "naive_per_item")
-    return {**{k: notes[k] for k in kept}, "count": found.policy.count_.model_dump(), "policy": found.policy.id}
+    return {
+        **{k: notes[k] for k in kept},
+        "count": found.policy.count_.model_dump(),
+        "policy": found.policy.id,
+    }
 
 
 def _accuracies(r: Result) -> dict[str, float]:

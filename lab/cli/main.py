@@ -202,6 +202,7 @@ def prune(
     portable: Annotated[bool, typer.Option("--portable", help="Only name what any prompt has, for use in other harnesses.")] = False,
     contiguous: Annotated[bool, typer.Option("--contiguous", help="Keep every pair in one range of layers only.")] = False,
     warm: Annotated[bool, typer.Option("--warm", help="Order the search by first-order scores.")] = False,
+    baseline: Annotated[list[str] | None, typer.Option("--baseline", "-b", metavar="SORT", help="With --holdout: all (default), none, or some of paper, random, shuffled, exit, local, mass, controls; repeat.")] = None,
     finer: Annotated[str, typer.Option("--finer", metavar="A,B", help="How units are parted: some of distance, option, head.")] = "distance,option,head",
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -215,7 +216,7 @@ def prune(
         setting = asking.Setting(model, device, dtype, frames, None)
         options = {
             "roles": "portable" if portable else "all", "layers": "contiguous" if contiguous else "free", "warm": warm,
-            "finer": tuple(f.strip() for f in finer.split(",") if f.strip()),
+            "finer": tuple(f.strip() for f in finer.split(",") if f.strip()), "baselines": prunes.sorts(baseline),
         }  # fmt: skip
         budget = {"flips": flips, "kl": kl, "forwards": forwards}
         return prunes.prune(items, holdout, setting, out, budget=budget, options=options)
@@ -236,7 +237,9 @@ def evaluate(
     from lab.cli import asking, prunes
 
     setting = (model, device, dtype, frames, None)
-    _finish(lambda: prunes.evaluate(policy, items, asking.Setting(*setting), baseline or ["all"], out), as_json)
+    _finish(
+        lambda: prunes.evaluate(policy, items, asking.Setting(*setting), prunes.sorts(baseline), out), as_json
+    )
 
 
 @app.command("run", short_help="Carry out a recipe.")

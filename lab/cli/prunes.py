@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ MARGIN = 0.01  # accuracy that may be lost, one-sided 95 % bound: one point
 
 
 def prune(
-    items: str, holdout: str | None, setting: Setting, out: str, *, budget: dict[str, float], options: dict[str, Any]
+    items: str,
+    holdout: str | None,
+    setting: Setting,
+    out: str,
+    *,
+    budget: dict[str, float],
+    options: dict[str, Any],
 ) -> Reply:
     """Policy file `out`; beside it, in a folder of its name, trail, evaluation, pictures and recipe."""
     from lab.recipe import ModelSpec, dump
@@ -35,7 +42,10 @@ def prune(
         model=ModelSpec(**(model.spec or {})), items=_source(items), n_frames=setting.frames or 8,
         holdout=None if holdout is None else _source(holdout), budget=BudgetSpec(**budget), **options,
     )  # fmt: skip
-    found = recipe.prune(model=model, out=folder / f"journal-{recipe.id}")
+    journal = folder / f"journal-{recipe.id}"
+    found = recipe.prune(model=model, out=journal)
+    if found.trail.notes["stopped"] != "interrupted":
+        shutil.rmtree(journal, ignore_errors=True)  # the next run measures anew
     found.policy.save(out)
     dump(recipe, folder / "recipe.yaml")
     files = [Path(out), folder / "recipe.yaml", found.trail.save(folder / "trail.npz")]
@@ -50,10 +60,20 @@ def prune(
     }  # fmt: skip
     # an interrupted search has written its best policy so far, and says by its code that it is not done
     code = 130 if notes["stopped"] == "interrupted" else 0
-    return Reply(data, "\n".join(filter(None, [*_said(data), _told(found.evaluation), *map(str, files)])), code)
+    return Reply(
+        data, "\n".join(filter(None, [*_said(data), _told(found.evaluation), *map(str, files)])), code
+    )
 
 
-def evaluate(policy: str, items: str, setting: Setting, baselines: Sequence[str], out: str | None) -> Reply:
+def sorts(given: Sequence[str] | None) -> str | tuple[str, ...]:
+    """What `--baseline` names: "all", "none", or some."""
+    one = (given or ["all"])[0]
+    return one if len(given or [one]) == 1 and one in ("all", "none") else tuple(given or ())
+
+
+def evaluate(
+    policy: str, items: str, setting: Setting, baselines: str | tuple[str, ...], out: str | None
+) -> Reply:
     """The table of a policy and its baselines; saved to folder `out` with the curve, if given."""
     from lab.cli.policies import find
     from lab.edges.curves import curve_of
@@ -65,10 +85,9 @@ def evaluate(policy: str, items: str, setting: Setting, baselines: Sequence[str]
     chosen = find(policy, model.cfg.n_layers)
     source = _source(items)
     held = load_items(source.model_dump(mode="json"))
-    wanted: Any = baselines[0] if len(baselines) == 1 and baselines[0] in ("all", "none") else list(baselines) or "all"
     folder = None if out is None else Path(out)
     found = measure(
-        model, chosen, held, wanted, n_frames=setting.frames or 8, out=folder and folder / f"journal-{chosen.id}",
+        model, chosen, held, baselines, n_frames=setting.frames or 8, out=folder and folder / f"journal-{chosen.id}",
     )  # fmt: skip
     files: list[str] = []
     if folder is not None:
@@ -103,7 +122,9 @@ def _told(evaluation: Any) -> str:
     if evaluation is None:
         return ""
     rows = _rows(evaluation)
-    cells = [(r["policy"], *(f"{r[m]:.4f}" if m == "kl" else f"{100 * r[m]:.1f} %" for m in SHOWN)) for r in rows]
+    cells = [
+        (r["policy"], *(f"{r[m]:.4f}" if m == "kl" else f"{100 * r[m]:.1f} %" for m in SHOWN)) for r in rows
+    ]
     mine = next(r for r in rows if r["policy"] == "policy")
     verdict = "within" if mine["drop_bound"] < MARGIN else "not shown to be within"
     n = json.dumps(evaluation.notes["n"]["item"])

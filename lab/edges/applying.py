@@ -48,7 +48,9 @@ def apply(hf: nn.Module, policy: Policy, *, roles: Any = None, tokenizer: Any = 
     none, ConfigError where the policy was made for another model or prompt; both at the prompt where it shows.
     """
     if not isinstance(policy, Policy):
-        raise UsageError(f"apply takes a lab.edges.Policy, got {type(policy).__name__}; use Policy.load(path)")
+        raise UsageError(
+            f"apply takes a lab.edges.Policy, got {type(policy).__name__}; use Policy.load(path)"
+        )
     if isinstance(roles, str) and tokenizer is None:
         raise UsageError("a template of roles is matched against text: give tokenizer= too")
     if getattr(hf, "hf", None) is not None:
@@ -131,10 +133,14 @@ class Applied:
         self.length = held + new.shape[1]
         if held == 0:
             if ids is None:
-                raise UsageError("a policy is bound to token ids: call the model with input_ids, not inputs_embeds")
+                raise UsageError(
+                    "a policy is bound to token ids: call the model with input_ids, not inputs_embeds"
+                )
             self.edges = self._bound(given)
         elif new.shape[1] > 1:
-            raise RunError("the prompt comes in pieces (chunked prefill or assisted generation); a policy needs it whole")
+            raise RunError(
+                "the prompt comes in pieces (chunked prefill or assisted generation); a policy needs it whole"
+            )
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         missing = sorted(set(self._layer.values()) - self.reached)
@@ -150,9 +156,13 @@ class Applied:
         asked = self._asked if self._asked is not None and "input_ids" in self._asked else given
         inputs = {k: v for k, v in asked.items() if v is not None}
         inputs["input_ids"] = inputs["input_ids"].long()
-        copies, rest = divmod(len(ids), len(inputs["input_ids"]))  # beams and several answers repeat every prompt
+        copies, rest = divmod(
+            len(ids), len(inputs["input_ids"])
+        )  # beams and several answers repeat every prompt
         if rest or not torch.equal(inputs["input_ids"].repeat_interleave(copies, 0).to(ids), ids):
-            raise RunError("generate runs other prompts than it was given; call the model itself under the policy")
+            raise RunError(
+                "generate runs other prompts than it was given; call the model itself under the policy"
+            )
         config, roles = self.model.config, self.roles
         if roles is not None:
             roles = self._told(inputs, config)
@@ -163,7 +173,9 @@ class Applied:
             bounds = [self.policy.bind(m, len(self.parts), c.num_attention_heads) for m in maps]
             return edges_of([b for b in bounds for _ in range(copies)])
         except ConfigError as e:
-            raise ConfigError(f"{e}; prompts rendered elsewhere may need roles=, or search(roles='portable')") from None
+            raise ConfigError(
+                f"{e}; prompts rendered elsewhere may need roles=, or search(roles='portable')"
+            ) from None
 
     def _told(self, inputs: dict[str, Any], config: Any) -> Any:
         """What the caller says about every prompt, as `token_maps` takes it."""
@@ -190,7 +202,9 @@ class Applied:
             if self.roles is not None and not set(m.roles()) - {"pad", "frame", "separator", "text", "last"}:
                 raise PromptError("roles= gave no role to any token of a prompt")
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kw: dict[str, Any]) -> Any:
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kw: dict[str, Any]
+    ) -> Any:
         """SDPA under the policy: z and no weights."""
         layer, kernel = self._layer[id(module)], ALL_ATTENTION_FUNCTIONS["sdpa"]
         self.reached.add(layer)

@@ -55,7 +55,9 @@ class EvaluationJournal(Owner):
 
     def run(self, *, progress: bool = True) -> list[Result]:
         """Raises UsageError: the items are only known by their fingerprints."""
-        raise UsageError("this journal knows its items only by fingerprint; call lab.edges.evaluate with the same items")
+        raise UsageError(
+            "this journal knows its items only by fingerprint; call lab.edges.evaluate with the same items"
+        )
 
 
 def evaluate(
@@ -76,7 +78,9 @@ def evaluate(
     Raises UsageError for items without options or answers, ConfigError for a policy made for something else.
     """
     if model.pruning.chosen(None) is not None:
-        raise UsageError("an evaluation runs policies of its own, and `model.pruned` is open: evaluate outside of it")
+        raise UsageError(
+            "an evaluation runs policies of its own, and `model.pruned` is open: evaluate outside of it"
+        )
     given = list(items) if isinstance(items, list | tuple) else [items]
     readies = as_ready(model, given[:16], None, n_frames)
     for ready in readies:
@@ -155,7 +159,9 @@ class Judge:
         assert ready.item is not None
         frames = ready.frames
         if frames is None:
-            raise UsageError("shuffled frames need items whose videos can be read; leave 'controls' out of the baselines")
+            raise UsageError(
+                "shuffled frames need items whose videos can be read; leave 'controls' out of the baselines"
+            )
         rng = np.random.default_rng([self.seed, int(video_key(ready.item)[:8], 16)])
         order = torch.from_numpy(_other_order(rng, len(frames.pixels)))
         mixed = replace(frames, pixels=frames.pixels[order])
@@ -199,7 +205,9 @@ def _run(
             found.append(judge(key, ready))
             if run is not None:
                 now = judge.spent
-                run.record(key, found[-1].plain(), Ledger(now.forwards - before.forwards, now.naive - before.naive))
+                run.record(
+                    key, found[-1].plain(), Ledger(now.forwards - before.forwards, now.naive - before.naive)
+                )
     return found
 
 

@@ -39,7 +39,9 @@ def _layout(trials: Trials, roles: Roles) -> LayoutInfo:
 def _count(trials: Trials, policy: Policy, tokens: Any) -> CountInfo:
     c = trials.model.cfg
     found = policy.count(tokens, c.n_layers, c.n_heads, trials.readies[0].item)
-    return CountInfo(rule=RULE, kept_paper=round(found.kept_fraction, 4), kept_live=round(found.kept_live_fraction, 4))
+    return CountInfo(
+        rule=RULE, kept_paper=round(found.kept_fraction, 4), kept_live=round(found.kept_live_fraction, 4)
+    )
 
 
 # ---- units as plain data --------------------------------------------------------------------------------------------
@@ -64,7 +66,11 @@ def ladder(found: Policy, trail: Result) -> list[Policy]:
     Beyond it the units that were kept are cut too, those first that cost least when they were tried: what a search with
     a larger budget would begin with. For curves of accuracy against edges kept.
     """
-    accepted = [[unit_of(u) for u in units] for ok, units in zip(_accepted(trail), trail.notes["cut"], strict=True) if ok]
+    accepted = [
+        [unit_of(u) for u in units]
+        for ok, units in zip(_accepted(trail), trail.notes["cut"], strict=True)
+        if ok
+    ]
     kept = sorted(trail.notes["kept"], key=lambda row: row[5])
     out: list[Policy] = []
     gone: set[Unit] = set()

@@ -49,7 +49,9 @@ def check_room(model: Any, n: int) -> None:
     on_gpu = model.device.type == "cuda"
     free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
     if need > free // 2:
-        raise TooBig(f"attention of {n:,} positions takes {need:,} bytes a layer, {free:,} are free; use fewer frames")
+        raise TooBig(
+            f"attention of {n:,} positions takes {need:,} bytes a layer, {free:,} are free; use fewer frames"
+        )
 
 
 def _share(pattern: Tensor, mask: Tensor, heads: tuple[int, ...]) -> float:
@@ -69,12 +71,14 @@ def most_attended(
         raise UsageError(f"keep must be a share of the edges, 0 to 1, got {keep}")
     n, heads = model.cfg.n_layers, model.cfg.n_heads
     base = units_of([r.maps[0] for r in readies], n, roles, "distance" if grain == "distance" else "pair")
-    units = [p for u in base for p in (split(u, "head", n_heads=heads, n_options=0) if grain == "head" else [u])]
+    units = [
+        p for u in base for p in (split(u, "head", n_heads=heads, n_options=0) if grain == "head" else [u])
+    ]
     mass, trials = mass_of(model, readies, units), Trials(model, readies)
     weight = {u: trials.weight([u]) for u in units}
     left, cut = keep * sum(weight.values()), list[Unit]()
     for u in sorted(units, key=lambda u: (-mass[u], u)):
-        if weight[u] <= left:
+        if weight[u] <= left + 1e-6:
             left -= weight[u]
         else:
             cut.append(u)

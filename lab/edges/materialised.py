@@ -141,9 +141,18 @@ def _blocks(removed: Tensor | None, q: Tensor, k: Tensor) -> list[_Block]:
     causal = k[None, :] <= q[:, None]
     if removed is None:
         same = len(q) == len(k)
-        return [_Block(slice(0, len(q)), torch.arange(len(k)), None if same or len(q) == 1 else causal[None], same and len(q) > 1)]
+        return [
+            _Block(
+                slice(0, len(q)),
+                torch.arange(len(k)),
+                None if same or len(q) == 1 else causal[None],
+                same and len(q) > 1,
+            )
+        ]
     keep = causal[None] & ~removed
-    return [_block(keep, rows) for rows in _runs(removed.any(0) if len(removed) == 1 else removed.all(0), causal)]
+    return [
+        _block(keep, rows) for rows in _runs(removed.any(0) if len(removed) == 1 else removed.all(0), causal)
+    ]
 
 
 def _runs(removed: Tensor, causal: Tensor) -> list[slice]:
@@ -152,7 +161,9 @@ def _runs(removed: Tensor, causal: Tensor) -> list[slice]:
     change = ((removed[1:] != removed[:-1]) & both).any(1)
     starts = [0, *(change.nonzero().squeeze(1) + 1).tolist()]
     ends = [*starts[1:], len(removed)]
-    return [slice(i, min(i + LARGEST, b)) for a, b in zip(starts, ends, strict=True) for i in range(a, b, LARGEST)]
+    return [
+        slice(i, min(i + LARGEST, b)) for a, b in zip(starts, ends, strict=True) for i in range(a, b, LARGEST)
+    ]
 
 
 def _block(keep: Tensor, rows: slice) -> _Block:
@@ -197,7 +208,9 @@ class Materialised:
         name = ("materialised", self.policy.id)
         if ready.memo.get(name) is None:
             if ready.plan.detours or ready.plan.stages or ready.plan.layout is not None:
-                raise UsageError("materialise takes prompts as they were laid out, without mechanisms that move tokens")
+                raise UsageError(
+                    "materialise takes prompts as they were laid out, without mechanisms that move tokens"
+                )
             ready.memo[name] = Rows(live_rows(self.policy, self.model, ready), self._blocks(ready))
         return ready.memo[name]
 

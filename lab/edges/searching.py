@@ -62,12 +62,11 @@ class Budget:
     forwards: float = 80.0
 
     def __post_init__(self) -> None:
-        for name in ("kl", "forwards"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"budget {name} must be above 0, got {getattr(self, name)!r}")
-        for name in ("flips", "confidence"):
-            if not 0 < getattr(self, name) < 1:
-                raise UsageError(f"budget {name} must lie between 0 and 1, got {getattr(self, name)!r}")
+        for name, most in (("kl", np.inf), ("forwards", np.inf), ("flips", 1.0), ("confidence", 0.9999)):
+            if not 0 < getattr(self, name) <= most:
+                raise UsageError(
+                    f"budget {name} must be above 0 and at most {most:g}, got {getattr(self, name)!r}"
+                )
 
     @classmethod
     def of(cls, given: Budget | Mapping[str, float] | None) -> Budget:
@@ -76,7 +75,9 @@ class Budget:
             return given or cls()
         unknown = set(given) - set(cls.__dataclass_fields__)
         if unknown:
-            raise UsageError(f"no budget field {sorted(unknown)[0]!r}; there are: {', '.join(cls.__dataclass_fields__)}")
+            raise UsageError(
+                f"no budget field {sorted(unknown)[0]!r}; there are: {', '.join(cls.__dataclass_fields__)}"
+            )
         return cls(**given)
 
 
@@ -98,7 +99,9 @@ class SearchJournal(Owner):
 
     def run(self, *, progress: bool = True) -> list[Result]:
         """Raises UsageError: the items are only known by their fingerprints."""
-        raise UsageError("this journal knows its items only by fingerprint; call lab.edges.search with the same items")
+        raise UsageError(
+            "this journal knows its items only by fingerprint; call lab.edges.search with the same items"
+        )
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,12 @@ def _search(model: Any, readies: Sequence[Ready], how: _How, out: str | Path | N
 
 
 def _owner(model: Any, readies: Sequence[Ready], asked: Asked) -> SearchJournal:
-    said = {"method": asked.method, "roles": asked.roles, "finer": ",".join(asked.finer), "layers": asked.layers}
+    said = {
+        "method": asked.method,
+        "roles": asked.roles,
+        "finer": ",".join(asked.finer),
+        "layers": asked.layers,
+    }
     return SearchJournal(
         model=model.cfg.model_name, dtype=str(model.dtype), items=tuple(_fingerprint(r) for r in readies),
         budget=asdict(asked.budget), asked=said,
@@ -225,7 +233,9 @@ class Searcher:
         self.units = [u for u in units_of(maps, self.n_layers, asked.roles) if self._softmax(u.layer)]
         self.cut: set[Unit] = set()
         self.dead: set[Unit] = set()
-        self.rejected: dict[Unit, float] = {}  # least KL seen when it was cut alone on top of what was accepted
+        self.rejected: dict[
+            Unit, float
+        ] = {}  # least KL seen when it was cut alone on top of what was accepted
         self.effect = Effect.none(len(trials))
         self.steps: list[Step] = []
         self.spent = Ledger()
@@ -343,7 +353,9 @@ class Searcher:
         for grain in self.asked.finer:
             parts = self._split(unit, grain)
             if len(parts) > 1:
-                self.take([self._bundle(p) for p in self._ordered(parts)], until, self.rejected.get(unit, 0.0))
+                self.take(
+                    [self._bundle(p) for p in self._ordered(parts)], until, self.rejected.get(unit, 0.0)
+                )
                 return
 
     def _split(self, unit: Unit, grain: Grain) -> list[Unit]:
@@ -359,7 +371,9 @@ class Searcher:
             u.layer > unit.layer and _overlap(u, unit) for u in self.rejected
         ):
             return (unit,)
-        return tuple(replace(unit, layer=layer) for layer in range(unit.layer, -1, -1) if self._softmax(layer))
+        return tuple(
+            replace(unit, layer=layer) for layer in range(unit.layer, -1, -1) if self._softmax(layer)
+        )
 
     def _open(self, unit: Unit) -> bool:
         """Whether it is not cut yet, in whole or in part, nor dead."""
@@ -427,7 +441,9 @@ class Searcher:
         before = self.trials.spent
         effect = self.trials.effect(wanted, lambda e: self._too_much(e, most_kl, most_flips))
         now = self.trials.spent
-        spent = Ledger(now.forwards - before.forwards, now.naive - before.naive, now.tower_calls - before.tower_calls)
+        spent = Ledger(
+            now.forwards - before.forwards, now.naive - before.naive, now.tower_calls - before.tower_calls
+        )
         self.spent += spent
         if self.run_ is not None:
             self.run_.record(key, {"effect": effect.plain(), "spent": spent.plain()}, spent)
@@ -484,7 +500,15 @@ class Searcher:
         kl, flips = step.effect.bounds(self.asked.budget.confidence)
         share = step.effect.n_flips / int(step.effect.seen.sum())
         kept = self.kept(cut | self.dead), self.kept(cut | self.dead, lambda u: u.touches_video)
-        return [float(step.accepted), step.effect.mean_kl, kl, share, flips, *kept, step.forwards / len(self.trials)]
+        return [
+            float(step.accepted),
+            step.effect.mean_kl,
+            kl,
+            share,
+            flips,
+            *kept,
+            step.forwards / len(self.trials),
+        ]
 
     def _notes(self, owner: str) -> dict[str, Any]:
         b, n = self.asked.budget, len(self.trials)

@@ -56,7 +56,11 @@ def _match(template: str, text: str) -> re.Match[str]:
         shown = " ".join(text.split())
         raise PromptError(
             f"the template matches the prompt in {len(found)} places, it must in 1; the prompt reads {shown[:200]!r}; "
-            + ("write more of the text round the slots" if found else "write its text as it is, with {question} and {options}")
+            + (
+                "write more of the text round the slots"
+                if found
+                else "write its text as it is, with {question} and {options}"
+            )
         )
     return found[0]
 
@@ -72,7 +76,9 @@ def _pattern(template: str) -> str:
             why = "stands twice" if name in SLOTS else "is no slot"
             raise PromptError(f"template: {{{name}}} {why}; slots are {', '.join(SLOTS)}, each at most once")
     if not slots or not template[: template.index("{")].strip():
-        raise PromptError("a template begins with text and has slots, such as 'Question: {question} Options: {options}'")
+        raise PromptError(
+            "a template begins with text and has slots, such as 'Question: {question} Options: {options}'"
+        )
     out = ""
     for i, (literal, name, said, _) in enumerate(parts):
         out += f"(?P<literal{i}>{_literal(literal)})" if literal else ""
@@ -129,5 +135,3 @@ def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
         else:
             out.append((p, p + 1))
     return out
-
-

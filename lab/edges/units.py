@@ -44,7 +44,9 @@ class Unit:
 
     def __str__(self) -> str:
         heads = f" heads {','.join(map(str, self.heads))}" if self.heads else ""
-        return f"layer {self.layer + 1}: {self.k}->{self.q}{f' where {self.where}' if self.where else ''}{heads}"
+        return (
+            f"layer {self.layer + 1}: {self.k}->{self.q}{f' where {self.where}' if self.where else ''}{heads}"
+        )
 
     @property
     def edges(self) -> tuple[str, str, str]:
@@ -77,7 +79,9 @@ def segments_of(tokens: TokenMap, roles: Roles = "all") -> tuple[str, ...]:
     return tuple(dict.fromkeys(told.get(n, n) for n in names))
 
 
-def units_of(maps: Iterable[TokenMap], n_layers: int, roles: Roles = "all", grain: Grain = "pair") -> list[Unit]:
+def units_of(
+    maps: Iterable[TokenMap], n_layers: int, roles: Roles = "all", grain: Grain = "pair"
+) -> list[Unit]:
     """Every pair of segments that has an edge in some prompt, in every layer; video x video by distance if asked."""
     pairs: dict[tuple[str, str], None] = {}
     for tokens in maps:
@@ -210,7 +214,9 @@ def cuts_of(units: Iterable[Unit], reason: str | None = None) -> tuple[Cut, ...]
     for q, k, where, heads, layer in joined:
         by_layers.setdefault((q, k, where, heads), set()).add(layer)
     return tuple(
-        Cut(layers=layers, heads=list(heads) if heads else "all", q=q, k=k, where=where or None, reason=reason)  # type: ignore[arg-type]
+        Cut(
+            layers=layers, heads=list(heads) if heads else "all", q=q, k=k, where=where or None, reason=reason
+        )  # type: ignore[arg-type]
         for q, k, where, heads, layers in _joined_names(by_layers)
     )
 

@@ -76,7 +76,9 @@ def predicted(scores: Result | None, readies: Sequence[Ready]) -> Predicted | No
     if scores is None:
         return None
     if tuple(scores.axes) != AXES:
-        raise UsageError(f"scores have axes {scores.axes}, expected {AXES}; use lab.edges.scores(model, items)")
+        raise UsageError(
+            f"scores have axes {scores.axes}, expected {AXES}; use lab.edges.scores(model, items)"
+        )
     _check_validated(scores)
     _check_items(scores.coords["item"], readies)
     layers = tuple(int(i) - 1 for i in scores.coords["layer"])
@@ -96,4 +98,6 @@ def _check_items(names: Iterable[object], readies: Sequence[Ready]) -> None:
     have, want = list(names), [r.item.id for r in readies if r.item is not None and r.item.id]
     other = [w for w in want if w not in have]
     if want and len(other) == len(want):
-        raise UsageError(f"the scores are of other items ({have[:2]}...), none of the {len(want)} calibration items ({want[:2]}...)")
+        raise UsageError(
+            f"the scores are of other items ({have[:2]}...), none of the {len(want)} calibration items ({want[:2]}...)"
+        )
