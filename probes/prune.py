@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ from lab.items import load_items
 from lab.model.ready import Ready
 from lab.recipe import ItemsSpec, ModelSpec, Part, Recipe
 from lab.result import Result
-from lab.runs import Cancel
+from lab.runs import Cancel, Cancelled
 from probes.knockout import load_spec
 
 __all__ = ["PruneRecipe", "Pruned", "curve_of", "liveness", "proven", "prune", "unit_map"]
 
+VALIDATED = 16  # items whose scores are held against real cuts
 RUNGS = 12  # points of the accuracy-vs-kept curve besides the policy itself
 
 
@@ -78,7 +80,10 @@ class PruneRecipe(Recipe):
 
     def run(self, *, progress: bool = True, model: Any = None, out: str | Path | None = None) -> list[Result]:
         """Load what the recipe names (or use `model`), search, evaluate. Raises ConfigError if a file changed."""
-        return self.prune(progress=progress, model=model, out=out).results()
+        found = self.prune(progress=progress, model=model, out=out)
+        if found.trail.notes["stopped"] == "interrupted":  # a recipe's numbers are whole, or there are none
+            raise Cancelled("stopped; what was measured is kept in the journal, run the same command to go on")
+        return found.results()
 
     def prune(self, *, progress: bool = True, model: Any = None, out: str | Path | None = None) -> Pruned:
         """As `run`, with the policy too."""
@@ -149,12 +154,18 @@ def _disjoint(calibration: Sequence[Any], holdout: Sequence[Any]) -> None:
 
 def _scores(model: Any, readies: Sequence[Ready]) -> Result:
     """Scores, with their validation beside them. Raises ConfigError where this lab has none yet."""
-    try:
-        scoring = importlib.import_module("lab.edges.scoring")
-    except ModuleNotFoundError:
-        raise ConfigError("warm: this installation has no lab.edges.scoring; search without scores") from None
-    found = scoring.scores(model, list(readies))
-    return scoring.validate_scores(model, list(readies), found)
+    found = _room("scores")(model, list(readies))
+    return _room("validate_scores")(model, list(readies[:VALIDATED]), found)
+
+
+def _room(name: str) -> Any:
+    """A function of the rooms that score edges."""
+    for room in ("lab.edges.scoring", "lab.edges.validating"):
+        with suppress(ModuleNotFoundError):
+            found = getattr(importlib.import_module(room), name, None)
+            if found is not None:
+                return found
+    raise ConfigError(f"warm: this installation has no lab.edges.{name}; search without scores")
 
 
 def proven(policy: Policy, evaluation: Result) -> Policy:

@@ -14,7 +14,7 @@ from lab.edges.pathways import cut_mask
 from lab.edges.policy import Policy
 from lab.edges.searching import MEASURES, Budget, search
 from lab.edges.trials import Reader, Trials
-from lab.edges.units import units_of
+from lab.edges.units import Unit, split, units_of
 from lab.edges.warm import predicted
 from lab.errors import ConfigError, UsageError
 from lab.result import Result
@@ -258,6 +258,20 @@ def test_scores_of_other_items_or_shapes_are_refused(planted, monkeypatch):
         predicted(hand_made(readies, CIRCUIT, items=[f"x{i}" for i in range(N)]), readies)
     with pytest.raises(UsageError, match="axes"):
         predicted(Result(np.zeros(2), ("layer",), {"layer": [1, 2]}, "", {}), readies)
+
+
+def test_scores_of_single_frames_tell_distances_apart(planted, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "lab.edges.scoring", types.SimpleNamespace(check_validated=lambda r: None)
+    )
+    _, readies = planted("plain")
+    names = [f"frame:{f}" for f in range(8)]
+    values = np.zeros((1, 1, 1, 8, 8))
+    values[0, 0, 0, 5, 3], values[0, 0, 0, 7, 0], values[0, 0, 0, 6, 6] = -1, -2, -4
+    coords = {"item": [readies[0].item.id], "layer": [1], "head": [0], "query": names, "key": names}
+    guess = predicted(Result(values, ("item", "layer", "head", "query", "key"), coords, "", {}), readies)
+    parts = split(Unit(0, "video", "video"), "distance", n_heads=4, n_options=4)
+    assert [guess.loss(p) for p in parts] == [4, 0, 1, 0, 2] and guess.loss(Unit(0, "video", "video")) == 7
 
 
 def test_knapsack_takes_the_heaviest_that_fit(planted):

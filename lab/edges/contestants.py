@@ -51,7 +51,7 @@ def contestants(
     """
     out = [Contestant(FULL, presets.nothing(), FULL), Contestant(MINE, policy, "search")]
     if isinstance(baselines, Mapping):
-        out += [Contestant(str(name), p, str(name)) for name, p in baselines.items()]
+        out += [Contestant(str(name), p, _family(str(name))) for name, p in baselines.items()]
     else:
         for sort in _sorts(baselines):
             out += _MAKE[sort](model, policy, readies, seed)
@@ -63,6 +63,12 @@ def contestants(
     if twice:
         raise UsageError(f"baseline {twice[0]!r} stands twice; each needs a name of its own")
     return out
+
+
+def _family(name: str) -> str:
+    """The curve a named baseline belongs to: what stands before the slash."""
+    first = name.partition("/")[0]
+    return {"video-exit": "exit"}.get(first, first)
 
 
 def _sorts(asked: Any) -> list[str]:

@@ -133,6 +133,11 @@ def _between(first: int, last: int | None) -> str:
     return f"{_GAP} >= {first}" + ("" if last is None else f" and {_GAP} <= {last}")
 
 
+def reach(where: str) -> tuple[int, int | None] | None:
+    """The distances of frames that a predicate made here means, (from, to); None for none or another predicate."""
+    return next(((a, b) for a, b in DISTANCES if _between(a, b) == where), None)
+
+
 # ---- on a prompt ----------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lab.edges.units import Unit
+from lab.edges.units import Unit, reach
 from lab.errors import UsageError
 from lab.model.ready import Ready
 from lab.result import Result
@@ -34,15 +34,17 @@ class Predicted:
     def each(self, unit: Unit) -> NDArray[np.float64]:
         """Predicted loss of the metric per item, 0 where cutting would help; a unit's heads and cells add.
 
-        A unit finer than the cells (a distance of frames) is given all of its cell's loss.
+        Distances of frames are told apart where scores name frames one by one; else each has all of its cell's loss.
         """
-        if unit.layer not in self.layers:
+        cells = [
+            (i, j) for i, q in enumerate(self.queries) for j, k in enumerate(self.keys) if _holds(unit, q, k)
+        ]
+        if unit.layer not in self.layers or not cells:
             return np.zeros(len(self.values))
         at = self.values[:, self.layers.index(unit.layer)]
         at = at[:, list(unit.heads)] if unit.heads else at
-        q = [i for i, name in enumerate(self.queries) if _is(name, unit.q)]
-        k = [i for i, name in enumerate(self.keys) if _is(name, unit.k)]
-        return np.maximum(0.0, -np.nan_to_num(at[:, :, q][:, :, :, k]).sum((1, 2, 3)))
+        q, k = zip(*cells, strict=True)
+        return np.maximum(0.0, -np.nan_to_num(at[:, :, list(q), list(k)]).sum((1, 2)))
 
     def loss(self, unit: Unit) -> float:
         """Mean over items."""
@@ -63,6 +65,17 @@ class Predicted:
             total += self.each(unit)
             chosen.add(unit)
         return chosen
+
+
+def _holds(unit: Unit, query: str, key: str) -> bool:
+    """Whether a cell of the scores is part of a unit."""
+    if not _is(query, unit.q) or not _is(key, unit.k):
+        return False
+    ends = (query.partition(":")[2], key.partition(":")[2])
+    gap = reach(unit.where)
+    if gap is None or not all(ends):
+        return True
+    return gap[0] <= int(ends[0]) - int(ends[1]) <= (gap[1] if gap[1] is not None else np.inf)
 
 
 def _is(name: str, segment: str) -> bool:
@@ -87,11 +100,15 @@ def predicted(scores: Result | None, readies: Sequence[Ready]) -> Predicted | No
 
 
 def _check_validated(scores: Result) -> None:
-    try:
-        module = importlib.import_module("lab.edges.scoring")
-    except ModuleNotFoundError:
-        return
-    module.check_validated(scores)
+    """By the scores' own check; without the rooms that make scores there is nothing that could be checked."""
+    for room in ("lab.edges.scoring", "lab.edges.validating"):
+        try:
+            check = getattr(importlib.import_module(room), "check_validated", None)
+        except ModuleNotFoundError:
+            continue
+        if check is not None:
+            check(scores)
+            return
 
 
 def _check_items(names: Iterable[object], readies: Sequence[Ready]) -> None:
