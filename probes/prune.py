@@ -82,7 +82,9 @@ class PruneRecipe(Recipe):
         """Load what the recipe names (or use `model`), search, evaluate. Raises ConfigError if a file changed."""
         found = self.prune(progress=progress, model=model, out=out)
         if found.trail.notes["stopped"] == "interrupted":  # a recipe's numbers are whole, or there are none
-            raise Cancelled("stopped; what was measured is kept in the journal, run the same command to go on")
+            raise Cancelled(
+                "stopped; what was measured is kept in the journal, run the same command to go on"
+            )
         return found.results()
 
     def prune(self, *, progress: bool = True, model: Any = None, out: str | Path | None = None) -> Pruned:
@@ -129,7 +131,7 @@ def prune(
         "units": unit_map(found.policy, model, readies[0]),
         "live": liveness(found.policy, model, readies[0]),
     }
-    if not holdout or not found.trail.notes["complete"]:
+    if not holdout or found.trail.notes["stopped"] == "interrupted":
         return Pruned(found.policy, found.trail, None, pictures)
     rungs = ladder(found.policy, found.trail)
     every = max(1, len(rungs) // RUNGS)
@@ -182,19 +184,31 @@ def proven(policy: Policy, evaluation: Result) -> Policy:
     return policy.model_copy(update={"evidence": told})
 
 
+# how the pictures are drawn: options of `lab.view.draw.save`
+DRAWN: dict[str, dict[str, Any]] = {
+    "curve": {"kind": "lines"}, "units": {"kind": "heat", "limits": (0.0, 1.0)},
+    "live": {"kind": "heat", "limits": (0.0, 1.0)}, "overlap": {"kind": "heat", "limits": (0.0, 1.0)},
+}  # fmt: skip
+
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
 def unit_map(policy: Policy, model: Any, ready: Ready, roles: Roles = "all") -> Result:
-    """Share of each segment pair's edges that is kept in each layer, axes (pathway, layer); pairs written keys->queries."""
+    """Share of each segment pair's edges that is kept in each layer, axes (pathway, layer); pairs written keys->queries.
+
+    Pairs of which no layer keeps anything are left out, and named in `notes["cut_everywhere"]`.
+    """
     c, tokens = model.cfg, ready.maps[0]
     grid, names = Grid(tokens, c.n_layers, c.n_heads, ready.item), segments_of(tokens, roles)
     masks = policy.masks(tokens, c.n_layers, c.n_heads, ready.item)
     pairs = [(q, k) for q in names for k in names if bool(grid.mask((q, k, "")).any())]
-    rows = [[_kept(masks.get(layer), grid.mask((q, k, ""))) for layer in range(c.n_layers)] for q, k in pairs]
+    every = {
+        f"{k}->{q}": [_kept(masks.get(layer), grid.mask((q, k, ""))) for layer in range(c.n_layers)] for q, k in pairs
+    }  # fmt: skip
+    rows = {name: row for name, row in every.items() if any(row)} or every
     return Result(
-        values=np.array(rows), axes=("pathway", "layer"), recipe={}, unit="share of edges kept", name="edges kept, by unit",
-        coords={"pathway": [f"{k}->{q}" for q, k in pairs], "layer": list(range(1, c.n_layers + 1))},
+        values=np.array(list(rows.values())), notes={"cut_everywhere": [n for n in every if n not in rows]}, axes=("pathway", "layer"), recipe={}, unit="share of edges kept", name="edges kept, by unit",
+        coords={"pathway": list(rows), "layer": list(range(1, c.n_layers + 1))},
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from lab.errors import ConfigError, PromptError, RunError, UsageError
 from lab.model.token_maps import token_maps
 from lab.model.zoo import DATA, load, wrap
 from lab.sim.moving import items
+from lab.sim.tasks import draw_items
 from tests import families
 
 N = families.LAYERS
@@ -129,7 +130,9 @@ def test_a_fresh_process_answers_item_by_item_as_the_lab_does(tiny, tmp_path):
     policy = Policy(cuts=(*presets.video_exit(5, 8).cuts, Cut(layers="1-3", heads=[1], q="video", k="video", where="frame(q) - frame(k) >= 2")))  # fmt: skip
     policy.save(tmp_path / "policy.yaml")
     # 8 frames, and as the file says nothing of lengths, 12 and 16 too
-    readies = [tiny.prepare(i, f) for f in (8, 12, 16) for i in items(2, seed=f)]
+    readies = [
+        tiny.prepare(i, f) for f in (8, 12, 16) for i in draw_items("moving_direction", 2, f, frames=f)
+    ]
     torch.save([r.inputs for r in readies], tmp_path / "inputs.pt")
     args = [
         sys.executable,

@@ -68,7 +68,9 @@ def test_the_needed_edges_keep_the_answers_and_mass_is_fooled(told):
 
 
 def test_no_difference_is_bounded_not_certain(told):
-    assert value(told, MINE, "drop") == 0 and 0.3 < value(told, MINE, "drop_bound") < 0.6  # four videos
+    assert (
+        value(told, MINE, "drop") == 0 and 0.3 < value(told, MINE, "drop_bound") < 0.7
+    )  # of at most four videos
     row = told.select(
         policy=FULL, task="all", measure=["drop", "drop_bound", "flips", "flips_bound", "kl", "kl_bound"]
     )

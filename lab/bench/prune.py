@@ -31,7 +31,7 @@ from lab.model.zoo import load
 from lab.result import Result
 from lab.sim.tasks import TEMPORAL, draw_items
 from lab.view.draw import save
-from probes.prune import liveness, proven, unit_map
+from probes.prune import DRAWN, liveness, proven, unit_map
 
 SEED, TEST_SEED = 1000, 9
 AIMS = {"kept_video": 0.25, "drop_bound": 0.01, "flips": 0.03, "forwards_per_item": 80.0}
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, r in {**pictures, "table": table, "claim": told, "trail": trail, **longer}.items():
         r.save(out / f"{name.replace(' ', '-')}.npz")
     for name, r in pictures.items():
-        save(r, out / f"{name}.png")
+        save(r, out / f"{name}.png", **DRAWN[name])
     proven(policy, told).save(out / "policy.yaml")
     for name, f in found.items():
         f.policy.save(out / f"{name.replace(' ', '-')}.yaml")

@@ -30,7 +30,7 @@ def prune(
     """Policy file `out`; beside it, in a folder of its name, trail, evaluation, pictures and recipe."""
     from lab.recipe import ModelSpec, dump
     from lab.view.draw import save
-    from probes.prune import BudgetSpec, PruneRecipe
+    from probes.prune import DRAWN, BudgetSpec, PruneRecipe
 
     if setting.fps is not None:
         raise UsageError("--fps: pruning takes the same number of frames of every video; use --frames")
@@ -49,7 +49,7 @@ def prune(
     found.policy.save(out)
     dump(recipe, folder / "recipe.yaml")
     files = [Path(out), folder / "recipe.yaml", found.trail.save(folder / "trail.npz")]
-    files += [save(r, folder / f"{name}.png") for name, r in found.pictures.items()]
+    files += [save(r, folder / f"{name}.png", **DRAWN[name]) for name, r in found.pictures.items()]
     files += [] if found.evaluation is None else [found.evaluation.save(folder / "evaluation.npz")]
     notes = found.trail.notes
     data = {

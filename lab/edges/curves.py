@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lab.result import Result
 
+DRAWN = (0.5, *range(1, 101))  # percent
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
@@ -34,24 +35,29 @@ def areas(families: Sequence[str], kept: NDArray[Any], accuracy: NDArray[Any]) -
     curves: dict[str, Any] = {}
     for family in dict.fromkeys(f for f in families if f != "full"):
         at = [i for i, f in enumerate(families) if f == family]
-        k = [*(float(kept[i]) for i in at), 1.0, 0.0]
-        a = [*(float(accuracy[i]) for i in at), full, none]
-        fine = np.linspace(0, 1, 401)
-        height = (np.array(envelope(k, a, fine)) - none) / (full - none) if full != none else None
+        points = [[float(kept[i]), float(accuracy[i])] for i in at]
+        fine = np.array(_steps(points, full, none, np.linspace(0, 1, 401).tolist()))
+        height = (fine - none) / (full - none) if full != none else None
         curves[family] = {
-            "accuracy": envelope(k, a, SHARES), "points": [[float(kept[i]), float(accuracy[i])] for i in at],
+            "accuracy": _steps(points, full, none, SHARES), "points": points,
             "cpr": None if height is None else float(height.mean()),
             "cmd": None if height is None else float(np.abs(1 - height).mean()),
         }  # fmt: skip
     return {"curves": curves, "shares": list(SHARES), "full": full, "none": none}
 
 
+def _steps(points: Sequence[Sequence[float]], full: float, none: float, at: Sequence[float]) -> list[float]:
+    """The envelope of a family, whose ends are the model without video and the full model."""
+    return envelope([*(p[0] for p in points), 0.0, 1.0], [*(p[1] for p in points), none, full], at)
+
+
 def curve_of(evaluation: Result) -> Result:
-    """The step curves of an evaluation: axes (pathway, kept), for drawing."""
-    curves = evaluation.notes["curves"]
-    shares = [100 * s for s in evaluation.notes["shares"]]
+    """The step curves of an evaluation: axes (policy, kept), for drawing."""
+    curves, full, none = (evaluation.notes[name] for name in ("curves", "full", "none"))
+    shares = list(DRAWN)
+    rows = [_steps(c["points"], full, none, [x / 100 for x in shares]) for c in curves.values()]
     return Result(
-        values=np.array([c["accuracy"] for c in curves.values()]).reshape(len(curves), len(shares)),
+        values=np.array(rows).reshape(len(curves), len(shares)),
         axes=("policy", "kept"), coords={"policy": list(curves), "kept": shares}, unit="accuracy",
         recipe=evaluation.recipe, name="accuracy against edges kept", baseline=float(evaluation.notes["full"]),
         notes={"n_items": evaluation.notes["n"]["item"], "best": "at most so many edges kept"},

@@ -41,7 +41,10 @@ MEASURED = (
 COUNTED = ("kept", "kept_live", "live_of_total", "kept_video", "excess_over_exit")
 MEASURES = (*MEASURED, *COUNTED)
 ALL = "all"
-COUNTED_LAYOUTS = 4  # layouts a policy is counted on; their mean counts
+COUNTED_LAYOUTS, LOOKED_AT = (
+    4,
+    32,
+)  # layouts a policy is counted on (their mean counts), found among the first items
 
 
 class EvaluationJournal(Owner):
@@ -150,9 +153,12 @@ class Judge:
             masks = row.policy.masks(tokens, c.n_layers, c.n_heads, item)
             parts = self.model.parts
             self._masks[i, layout] = {layer: m for layer, m in masks.items() if parts[layer].attn is not None}
-        if len(self.layouts) < COUNTED_LAYOUTS:
-            self.layouts.setdefault(layout, (tokens, item))
         return self._masks[i, layout]
+
+    def note(self, ready: Ready) -> None:
+        """Remember the prompt's layout, to count edges on."""
+        if len(self.layouts) < COUNTED_LAYOUTS:
+            self.layouts.setdefault(Grid.key(ready.maps[0]), (ready.maps[0], ready.item))
 
     def _shuffled(self, ready: Ready) -> Answers:
         """The full model on the same frames in another order."""
@@ -196,18 +202,21 @@ def _run(
     found: list[Outcome] = []
     with nullcontext() if out is None else Run(out, _owner(judge, given), cancel=cancel) as run:
         pieces = list(zip(keys, given, strict=True))
-        for key, item in progress(pieces, desc="evaluate", show=show, cancel=cancel):
-            if run is not None and run.done(key):
+        for i, (key, item) in enumerate(progress(pieces, desc="evaluate", show=show, cancel=cancel)):
+            done = run is not None and run.done(key)
+            if not done or i < LOOKED_AT:
+                ready = item if isinstance(item, Ready) else judge.model.prepare(item, n_frames)
+                judge.note(ready)
+            if run is not None and done:
                 found.append(Outcome(**run.results()[key]))
                 continue
             before = judge.spent
-            ready = item if isinstance(item, Ready) else judge.model.prepare(item, n_frames)
             found.append(judge(key, ready))
             if run is not None:
                 now = judge.spent
-                run.record(
-                    key, found[-1].plain(), Ledger(now.forwards - before.forwards, now.naive - before.naive)
-                )
+                spent = Ledger(now.forwards - before.forwards, now.naive - before.naive)
+                run.record(key, found[-1].plain(), spent)
+        judge.spent = judge.spent if run is None else run.ledger
     return found
 
 

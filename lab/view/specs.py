@@ -43,6 +43,7 @@ LABELS = {
     "n_frames": "Frames",
     "option": "Option",
     "role": "Role",
+    "kept": "Edges kept, at most (%)",
 }
 
 
