@@ -74,7 +74,7 @@ def _family(name: str) -> str:
 def _sorts(asked: Any) -> list[str]:
     if asked in ("none", None, ()):
         return []
-    wanted = list(SORTS) if asked == "all" else [asked] if isinstance(asked, str) else list(asked)
+    wanted: list[str] = [*SORTS] if asked == "all" else [asked] if isinstance(asked, str) else [*asked]
     unknown = [w for w in wanted if w not in SORTS]
     if unknown:
         raise UsageError(f"no baselines {unknown[0]!r}; use 'all', 'none' or some of {', '.join(SORTS)}")

@@ -203,20 +203,24 @@ def _run(
     with nullcontext() if out is None else Run(out, _owner(judge, given), cancel=cancel) as run:
         pieces = list(zip(keys, given, strict=True))
         for i, (key, item) in enumerate(progress(pieces, desc="evaluate", show=show, cancel=cancel)):
-            done = run is not None and run.done(key)
-            if not done or i < LOOKED_AT:
+            done = run.results()[key] if run is not None and run.done(key) else None
+            if done is None or i < LOOKED_AT:
                 ready = item if isinstance(item, Ready) else judge.model.prepare(item, n_frames)
                 judge.note(ready)
-            if run is not None and done:
-                found.append(Outcome(**run.results()[key]))
-                continue
-            before = judge.spent
-            found.append(judge(key, ready))
-            if run is not None:
-                now = judge.spent
-                spent = Ledger(now.forwards - before.forwards, now.naive - before.naive)
-                run.record(key, found[-1].plain(), spent)
+                found.append(_judged(judge, key, ready, run) if done is None else Outcome(**done))
+            else:
+                found.append(Outcome(**done))
         judge.spent = judge.spent if run is None else run.ledger
+    return found
+
+
+def _judged(judge: Judge, key: str, ready: Ready, run: Run | None) -> Outcome:
+    """One item, written into the journal."""
+    before = judge.spent
+    found = judge(key, ready)
+    if run is not None:
+        now = judge.spent
+        run.record(key, found.plain(), Ledger(now.forwards - before.forwards, now.naive - before.naive))
     return found
 
 

@@ -205,7 +205,7 @@ class Materialised:
 
     def rows(self, ready: Ready) -> Rows:
         """The detour for one prompt; kept on the prompt."""
-        name = ("materialised", self.policy.id)
+        name = f"materialised {self.policy.id}"
         if ready.memo.get(name) is None:
             if ready.plan.detours or ready.plan.stages or ready.plan.layout is not None:
                 raise UsageError(

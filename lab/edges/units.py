@@ -60,8 +60,8 @@ class Unit:
 
     def cut(self) -> Cut:
         """The cut that removes them."""
-        heads = list(self.heads) if self.heads else "all"
-        return Cut(layers=str(self.layer + 1), heads=heads, q=self.q, k=self.k, where=self.where or None)  # type: ignore[arg-type]
+        heads = self.heads or "all"
+        return Cut(layers=str(self.layer + 1), heads=heads, q=self.q, k=self.k, where=self.where or None)
 
 
 # ---- which units there are ------------------------------------------------------------------------------------------
@@ -219,9 +219,7 @@ def cuts_of(units: Iterable[Unit], reason: str | None = None) -> tuple[Cut, ...]
     for q, k, where, heads, layer in joined:
         by_layers.setdefault((q, k, where, heads), set()).add(layer)
     return tuple(
-        Cut(
-            layers=layers, heads=list(heads) if heads else "all", q=q, k=k, where=where or None, reason=reason
-        )  # type: ignore[arg-type]
+        Cut(layers=layers, heads=heads or "all", q=q, k=k, where=where or None, reason=reason)  # type: ignore[arg-type]
         for q, k, where, heads, layers in _joined_names(by_layers)
     )
 
