@@ -35,6 +35,7 @@ from probes.knockout import load_spec
 
 __all__ = ["PruneRecipe", "Pruned", "curve_of", "liveness", "proven", "prune", "unit_map"]
 
+WORTH = 0.001  # units with a smaller share of all edges are not parted
 VALIDATED = 16  # items whose scores are held against real cuts
 RUNGS = 12  # points of the accuracy-vs-kept curve besides the policy itself
 
@@ -75,6 +76,7 @@ class PruneRecipe(Recipe):
     roles: Roles = "all"
     finer: tuple[Grain, ...] = ("distance", *FINER)
     layers: Layers = "free"
+    worth: float = Field(default=WORTH, ge=0, le=1)
     warm: bool = False
     baselines: tuple[str, ...] | str = "all"
 
@@ -93,7 +95,7 @@ class PruneRecipe(Recipe):
         items, held = self._load(self.items), None if self.holdout is None else self._load(self.holdout)
         found = prune(
             model, items, held, budget=self.budget.model_dump(), method=self.method, roles=self.roles, finer=self.finer,
-            layers=self.layers, warm=self.warm, baselines=self.baselines, n_frames=self.n_frames, out=out,
+            layers=self.layers, worth=self.worth, warm=self.warm, baselines=self.baselines, n_frames=self.n_frames, out=out,
             show_progress=progress,
         )  # fmt: skip
         told = self.plain()
@@ -111,7 +113,7 @@ class PruneRecipe(Recipe):
 def prune(
     model: Any, calibration: Sequence[Any], holdout: Sequence[Any] | None = None, *,
     budget: Budget | Mapping[str, float] | None = None, method: Method = "acdc", roles: Roles = "all",
-    finer: Sequence[Grain] = ("distance", *FINER), layers: Layers = "free", warm: bool = False, baselines: Any = "all",
+    finer: Sequence[Grain] = ("distance", *FINER), layers: Layers = "free", worth: float = WORTH, warm: bool = False, baselines: Any = "all",
     n_frames: int = 8, out: str | Path | None = None, cancel: Cancel | None = None, show_progress: bool = True,
 ) -> Pruned:  # fmt: skip
     """Search a policy on the calibration items; with held-out items, measure it beside the baselines.
@@ -125,7 +127,7 @@ def prune(
     readies = [c if isinstance(c, Ready) else model.prepare(c, n_frames) for c in calibration]
     found: Found = search(
         model, readies, budget=budget, scores=_scores(model, readies) if warm else None, method=method, roles=roles,
-        finer=tuple(finer), layers=layers, out=folder and folder / "search", cancel=cancel, show_progress=show_progress,
+        finer=tuple(finer), layers=layers, worth=worth, out=folder and folder / "search", cancel=cancel, show_progress=show_progress,
     )  # fmt: skip
     pictures = {
         "units": unit_map(found.policy, model, readies[0]),

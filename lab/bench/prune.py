@@ -31,7 +31,7 @@ from lab.model.zoo import load
 from lab.result import Result
 from lab.sim.tasks import TEMPORAL, draw_items
 from lab.view.draw import save
-from probes.prune import DRAWN, liveness, proven, unit_map
+from probes.prune import DRAWN, WORTH, liveness, proven, unit_map
 
 SEED, TEST_SEED = 1000, 9
 AIMS = {"kept_video": 0.25, "drop_bound": 0.01, "flips": 0.03, "forwards_per_item": 80.0}
@@ -64,7 +64,7 @@ def searches(model: Any, args: argparse.Namespace, out: Path) -> dict[str, Found
         items = calibration(args.tasks, args.calibration, seed)
         found[f"seed {seed}"] = search(
             model, items, budget={"kl": args.kl, "flips": args.flips, "forwards": AIMS["forwards_per_item"]},
-            roles="portable" if args.portable else "all", finer=tuple(args.finer), out=out / f"search-{seed}",
+            roles="portable" if args.portable else "all", finer=tuple(args.finer), worth=WORTH, out=out / f"search-{seed}",
         )  # fmt: skip
     return found
 
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--kl", type=float, default=0.05)
     parser.add_argument("--flips", type=float, default=0.03)
-    parser.add_argument("--finer", nargs="*", default=["distance", "option", "head"])
+    parser.add_argument("--finer", nargs="*", default=["distance", "head"])
     parser.add_argument("--portable", action="store_true")
     parser.add_argument("--out", default="out/prune")
     args = parser.parse_args(argv)

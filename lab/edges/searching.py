@@ -113,8 +113,11 @@ class Asked:
     roles: Roles = "all"
     finer: tuple[Grain, ...] = FINER
     layers: Layers = "free"
+    worth: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.worth <= 1:
+            raise UsageError(f"worth is a share of all edges, 0 to 1, got {self.worth!r}")
         for name, allowed in (("method", Method), ("roles", Roles), ("layers", Layers)):
             if getattr(self, name) not in get_args(allowed):
                 raise UsageError(f"{name}={getattr(self, name)!r}; use one of {', '.join(get_args(allowed))}")
@@ -126,8 +129,8 @@ class Asked:
 def search(
     model: Any, calibration: Any, *, budget: Budget | Mapping[str, float] | None = None, scores: Result | None = None,
     scope: Scope = "global", method: Method = "acdc", roles: Roles = "all", finer: Sequence[Grain] = FINER,
-    layers: Layers = "free", n_frames: int = 8, out: str | Path | None = None, cancel: Cancel | None = None,
-    show_progress: bool = True, memory: int | None = None,
+    layers: Layers = "free", worth: float = 0.0, n_frames: int = 8, out: str | Path | None = None,
+    cancel: Cancel | None = None, show_progress: bool = True, memory: int | None = None,
 ) -> Any:  # fmt: skip
     """Search the smallest set of edges that keeps the answers of the calibration items, right ones and wrong ones.
 
@@ -139,12 +142,13 @@ def search(
     method   "acdc": from the last layer to the first. "greedy": the cheapest units of all layers first
     roles    "portable": only segments any prompt has (video, separator, text, last), for prompts rendered elsewhere
     finer    how units that cannot be cut whole are parted, in this order: "distance" of frames, "option", "head"
+    worth    units with a smaller share of all edges are kept or cut whole: parting them saves next to nothing
     layers   "contiguous": every pair is kept in one range of layers only
     out      folder for a journal: an interrupted search goes on where it stopped
     Stopped (Ctrl-C, `cancel`, the budget of forwards), it returns the best policy so far: `trail.notes["complete"]`.
     Raises UsageError for what does not fit together.
     """
-    asked = Asked(Budget.of(budget), method, roles, tuple(finer), layers)
+    asked = Asked(Budget.of(budget), method, roles, tuple(finer), layers, worth)
     if model.pruning.chosen(None) is not None:
         raise UsageError("a search cuts the model as it is, and `model.pruned` is open: search outside of it")
     readies = as_ready(model, calibration, None, n_frames)
@@ -198,6 +202,7 @@ def _owner(model: Any, readies: Sequence[Ready], asked: Asked) -> SearchJournal:
         "method": asked.method,
         "roles": asked.roles,
         "finer": ",".join(asked.finer),
+        "worth": f"{asked.worth:g}",
         "layers": asked.layers,
     }
     return SearchJournal(
@@ -348,7 +353,7 @@ class Searcher:
     def _finer(self, bundle: Bundle, until: float) -> None:
         """Part a bundle that cannot be cut whole, at the first grain that parts it."""
         unit = bundle[0]
-        if self.spent.forwards > until:
+        if self.spent.forwards > until or self.weight(unit) < self.asked.worth * self.total:
             return
         for grain in self.asked.finer:
             parts = self._split(unit, grain)
