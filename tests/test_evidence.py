@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from lab.edges import presets
-from lab.edges.contestants import FULL, MINE, NO_VIDEO, SHUFFLED
 from lab.edges.curves import areas, curve_of, envelope
 from lab.edges.cuts import Cut
 from lab.edges.evidence import evaluate, kept_video, overlap, video_key
 from lab.edges.layouts import plain_map
 from lab.edges.mass import mass_of, most_attended
 from lab.edges.policy import Policy
+from lab.edges.rivals import FULL, MINE, NO_VIDEO, SHUFFLED
 from lab.edges.units import Unit
 from lab.errors import UsageError
 from lab.sim.planted import planted_model, questions

@@ -7,6 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from lab.bench import models
+from lab.bench.materialise import measure
+from lab.bench.prune import calibration, holdout
 from lab.cli.main import main
 from lab.edges import presets
 from lab.edges.policy import Policy
@@ -128,3 +131,21 @@ def test_evidence_is_written_into_the_policy(planted):
     assert found.evaluation is not None and proven(found.policy, found.evaluation).evidence == told
     bare = search(model, readies[:2], budget={"flips": 0.8}, finer=(), show_progress=False)
     assert bare.policy.id == found.policy.id
+
+
+def test_the_benches_items_are_disjoint():
+    taken = calibration(["moving_direction"], 4, 0)
+    held = holdout(["moving_direction"], 6, taken)
+    assert len(taken) == 4 and len(held) == 6
+    assert holdout(["moving_direction"], 6, held[:2]) == held[2:]
+
+
+def test_the_materialise_bench_measures_what_it_predicts():
+    shape = models.Shape(
+        d=32, mlp=64, layers=3, heads=2, kv_heads=1, tower_d=16, tower_mlp=16, side=32, patch=4
+    )
+    found = measure(shape, 2, 1, "cpu")
+    for name in ("exit at two thirds", "exit, frames on their own"):
+        row = found[name]
+        assert row["same_token"] and row["max_difference"] < 1e-4
+        assert row["kv"]["measured"] == row["kv"]["predicted"] < row["kv"]["full"]

@@ -42,7 +42,9 @@ def policies(n: int) -> dict[str, Policy]:
 
 
 @torch.no_grad()
-def measure(shape: models.Shape, frames: int, pairs: int, device: str) -> dict[str, Any]:
+def measure(
+    shape: models.Shape, frames: int, pairs: int, device: str, names: Sequence[str] = ()
+) -> dict[str, Any]:
     """Time ratios, bytes and the largest difference of every policy."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model = wrap(models.build(shape, device=device, dtype=dtype))
@@ -50,6 +52,8 @@ def measure(shape: models.Shape, frames: int, pairs: int, device: str) -> dict[s
     model.see(ready)
     found: dict[str, Any] = {"positions": ready.n_pos}
     for name, policy in policies(shape.layers).items():
+        if names and name not in names:
+            continue
         saved = model.materialise(policy)
         masked, short = model(ready, policy=policy), saved(ready)
         clock = time.process_time if device == "cpu" else _waited
@@ -58,7 +62,7 @@ def measure(shape: models.Shape, frames: int, pairs: int, device: str) -> dict[s
             "masked": lambda p=policy: model(ready, policy=p),
             "materialised": lambda s=saved: s(ready),
         }
-        took = paired(works, pairs=pairs, warm=1, clock=clock)
+        took = paired(works, pairs=pairs, warm=0, clock=clock)  # the two runs above warmed up
         found[name] = {
             "full / materialised": round(1 / median_ratio(took, "materialised", "full"), 3),
             "masked / materialised": round(1 / median_ratio(took, "materialised", "masked"), 3),
@@ -79,12 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=5, help="rounds")
     parser.add_argument("--frames", type=int, default=FRAMES)
     parser.add_argument("--layers", type=int, default=SHAPE.layers)
+    parser.add_argument("--policies", nargs="*", default=[], help="names; all if none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", help="json file; standard output if absent")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     shape = replace(SHAPE, layers=args.layers)
-    found = measure(shape, args.frames, args.pairs, args.device)
+    found = measure(shape, args.frames, args.pairs, args.device, args.policies)
     write(args.out, {"setting": setting(args.device), "shape": asdict(shape), "found": found})
 
 

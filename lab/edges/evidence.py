@@ -21,10 +21,10 @@ from torch import Tensor
 
 from lab.carriers import TokenMap, VideoQA
 from lab.edges.bounds import mean_bound, paired_bound, share_bound
-from lab.edges.contestants import FULL, MINE, SHUFFLED, Contestant, contestants
 from lab.edges.curves import areas
 from lab.edges.fast import run_cut
 from lab.edges.policy import Policy
+from lab.edges.rivals import FULL, MINE, SHUFFLED, Contestant, contestants
 from lab.edges.store import Store
 from lab.edges.sweeping import _fingerprint, _keys, as_ready
 from lab.edges.trials import Answers, Reader
@@ -70,7 +70,7 @@ def evaluate(
     """A policy on held-out items, beside baselines: a Result with axes (policy, task, measure).
 
     items      VideoQA or Ready with options and right answers, none of them used to make the policy
-    baselines  "all", "none", some of `lab.edges.contestants.SORTS`, or a mapping of name -> policy
+    baselines  "all", "none", some of `lab.edges.rivals.SORTS`, or a mapping of name -> policy
     curve      further policies of the same search (`lab.edges.found.ladder`), for the accuracy-vs-kept curve
     out        folder for a journal: an interrupted evaluation goes on where it stopped
 
