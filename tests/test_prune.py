@@ -137,7 +137,7 @@ def test_the_benches_items_are_disjoint():
     taken = calibration(["moving_direction"], 4, 0)
     held = holdout(["moving_direction"], 6, taken)
     assert len(taken) == 4 and len(held) == 6
-    assert holdout(["moving_direction"], 6, held[:2]) == held[2:]
+    assert [i.id for i in holdout(["moving_direction"], 6, held[:2])] == [i.id for i in held[2:]]
 
 
 def test_the_materialise_bench_measures_what_it_predicts():

@@ -489,11 +489,13 @@ class Searcher:
 
     def trail(self, owner: str) -> Result:
         """Every trial: axes (step, measure). Notes hold the units, so that policies along the way can be made again."""
-        cut: set[Unit] = set()
-        rows: list[list[float]] = []
+        cut, rows = set(self.dead), list[list[float]]()  # what is dead in the end counts as cut from the start
+        kept = self._shares(cut)
         for step in self.steps:
-            cut |= set(step.units) if step.accepted else set()
-            rows.append(self._row(step, cut))
+            if step.accepted:
+                cut |= set(step.units)
+                kept = self._shares(cut)
+            rows.append(self._row(step, kept))
         return Result(
             values=np.array(rows).reshape(len(rows), len(MEASURES)), axes=("step", "measure"),
             coords={"step": list(range(1, len(rows) + 1)), "measure": list(MEASURES)}, recipe={},
@@ -501,19 +503,15 @@ class Searcher:
             notes=self._notes(owner),
         )  # fmt: skip
 
-    def _row(self, step: Step, cut: set[Unit]) -> list[float]:
+    def _shares(self, cut: set[Unit]) -> tuple[float, float]:
+        """Edges left of all, and of those that touch video."""
+        return self.kept(cut), self.kept(cut, lambda u: u.touches_video)
+
+    def _row(self, step: Step, kept: tuple[float, float]) -> list[float]:
         kl, flips = step.effect.bounds(self.asked.budget.confidence)
         share = step.effect.n_flips / int(step.effect.seen.sum())
-        kept = self.kept(cut | self.dead), self.kept(cut | self.dead, lambda u: u.touches_video)
-        return [
-            float(step.accepted),
-            step.effect.mean_kl,
-            kl,
-            share,
-            flips,
-            *kept,
-            step.forwards / len(self.trials),
-        ]
+        spent = step.forwards / len(self.trials)
+        return [float(step.accepted), step.effect.mean_kl, kl, share, flips, *kept, spent]
 
     def _notes(self, owner: str) -> dict[str, Any]:
         b, n = self.asked.budget, len(self.trials)
