@@ -489,7 +489,10 @@ class Searcher:
 
     def trail(self, owner: str) -> Result:
         """Every trial: axes (step, measure). Notes hold the units, so that policies along the way can be made again."""
-        cut, rows = set(self.dead), list[list[float]]()  # what is dead in the end counts as cut from the start
+        cut, rows = (
+            set(self.dead),
+            list[list[float]](),
+        )  # what is dead in the end counts as cut from the start
         kept = self._shares(cut)
         for step in self.steps:
             if step.accepted:
