@@ -24,10 +24,10 @@ from lab.edges.bounds import mean_bound, paired_bound, share_bound
 from lab.edges.curves import areas
 from lab.edges.fast import run_cut
 from lab.edges.policy import Policy
-from lab.edges.rivals import FULL, MINE, SHUFFLED, Contestant, contestants
+from lab.edges.rivals import FULL, MINE, SHUFFLED, Contestant, check_rival, contestants
 from lab.edges.store import Store
 from lab.edges.sweeping import _fingerprint, _keys, as_ready
-from lab.edges.trials import Answers, Reader
+from lab.edges.trials import Answers, Reader, check_items
 from lab.edges.units import Grid
 from lab.errors import UsageError
 from lab.model.ready import Ready
@@ -85,6 +85,8 @@ def evaluate(
             "an evaluation runs policies of its own, and `model.pruned` is open: evaluate outside of it"
         )
     given = list(items) if isinstance(items, list | tuple) else [items]
+    check_items(given)
+    check_rival("policy", policy)
     readies = as_ready(model, given[:16], None, n_frames)
     for ready in readies:
         policy.edges(ready.maps[0], model.sizes, ready.item)  # before hours of work: says what does not fit

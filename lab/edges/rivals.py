@@ -51,6 +51,8 @@ def contestants(
     """
     out = [Contestant(FULL, presets.nothing(), FULL), Contestant(MINE, policy, "search")]
     if isinstance(baselines, Mapping):
+        for name, p in baselines.items():
+            check_rival(str(name), p)
         out += [Contestant(str(name), p, _family(str(name))) for name, p in baselines.items()]
     else:
         for sort in _sorts(baselines):
@@ -63,6 +65,14 @@ def contestants(
     if twice:
         raise UsageError(f"baseline {twice[0]!r} stands twice; each needs a name of its own")
     return out
+
+
+def check_rival(name: str, policy: Any) -> None:
+    """Raises UsageError for what cuts no edges."""
+    if not callable(getattr(policy, "masks", None)) or not callable(getattr(policy, "count", None)):
+        raise UsageError(
+            f"{name}: expected a lab.edges.Policy, got {type(policy).__name__}; use Policy.load(path)"
+        )
 
 
 def _family(name: str) -> str:

@@ -26,7 +26,7 @@ from lab.edges.fingerprints import Calibration
 from lab.edges.found import as_policy, plain_unit
 from lab.edges.policy import Policy
 from lab.edges.sweeping import _fingerprint, as_ready
-from lab.edges.trials import Effect, Trials
+from lab.edges.trials import Effect, Trials, check_items
 from lab.edges.units import GRAINS, Grain, Roles, Unit, disjoint, split, units_of, wholes
 from lab.edges.warm import Predicted, predicted
 from lab.errors import UsageError
@@ -63,7 +63,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, most in (("kl", np.inf), ("forwards", np.inf), ("flips", 1.0), ("confidence", 0.9999)):
-            if not 0 < getattr(self, name) <= most:
+            value: Any = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
                 raise UsageError(
                     f"budget {name} must be above 0 and at most {most:g}, got {getattr(self, name)!r}"
                 )
@@ -73,6 +74,8 @@ class Budget:
         """A budget from one, from its fields, or the default. Raises UsageError for unknown fields."""
         if given is None or isinstance(given, Budget):
             return given or cls()
+        if not isinstance(given, Mapping):
+            raise UsageError(f"a budget is a Budget or a mapping of its fields, got {type(given).__name__}")
         unknown = set(given) - set(cls.__dataclass_fields__)
         if unknown:
             raise UsageError(
@@ -148,9 +151,11 @@ def search(
     Stopped (Ctrl-C, `cancel`, the budget of forwards), it returns the best policy so far: `trail.notes["complete"]`.
     Raises UsageError for what does not fit together.
     """
+    finer = (finer,) if isinstance(finer, str) else tuple(finer)  # type: ignore[assignment]
     asked = Asked(Budget.of(budget), method, roles, tuple(finer), layers, worth)
     if model.pruning.chosen(None) is not None:
         raise UsageError("a search cuts the model as it is, and `model.pruned` is open: search outside of it")
+    check_items(calibration)
     readies = as_ready(model, calibration, None, n_frames)
     how = _How(asked, scores, cancel, show_progress, memory)
     if scope == "global":

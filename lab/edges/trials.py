@@ -225,6 +225,13 @@ class Trials:
         self.spent += Ledger(forwards, naive, tower)
 
 
+def check_items(items: Any) -> None:
+    """Raises UsageError for what is neither a question nor a prepared one."""
+    for item in items if isinstance(items, list | tuple) else [items]:
+        if not isinstance(item, VideoQA | Ready):
+            raise UsageError(f"items are VideoQA or Ready, got {type(item).__name__}")
+
+
 def _bytes(store: Store) -> int:
     return sum(t.numel() * t.element_size() for t in (*store.resid, *store.keys, *store.values))
 

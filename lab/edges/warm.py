@@ -88,9 +88,10 @@ def predicted(scores: Result | None, readies: Sequence[Ready]) -> Predicted | No
     """Scores as units ask them. Raises UsageError if they are no scores, are not validated, or are of other items."""
     if scores is None:
         return None
-    if tuple(scores.axes) != AXES:
+    axes = getattr(scores, "axes", None)
+    if axes != AXES:
         raise UsageError(
-            f"scores have axes {scores.axes}, expected {AXES}; use lab.edges.scores(model, items)"
+            f"scores have axes {axes or type(scores).__name__}, expected {AXES}; use lab.edges.scores(model, items)"
         )
     _check_validated(scores)
     _check_items(scores.coords["item"], readies)
