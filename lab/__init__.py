@@ -30,12 +30,14 @@ _SURFACE = {
     "about": ("lab.cli.versions", "about"),
     "errors": ("lab.errors", ""),
     "edges": ("lab.edges", ""),
+    "apply": ("lab.edges.applying", "apply"),
 }
 
 if TYPE_CHECKING:
     from lab import edges, errors
     from lab.carriers import Frames, TokenMap, VideoQA
     from lab.cli.versions import about
+    from lab.edges.applying import apply
     from lab.items import load_items
     from lab.model.videollm import VideoLLM
     from lab.model.zoo import load, wrap
@@ -51,6 +53,7 @@ __all__ = [
     "VideoQA",
     "__version__",
     "about",
+    "apply",
     "edges",
     "errors",
     "load",

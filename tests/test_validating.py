@@ -25,7 +25,7 @@ from lab.recipe import SimSpec, dump, from_plain, load
 from lab.result import Result
 from lab.sim.planted import planted_model, questions
 from lab.sim.tasks import draw_items
-from probes.prune import ScoresRecipe, edge_scores, unit_map
+from probes.scores import ScoresRecipe, edge_scores, unit_map
 from tests import edgecases, families
 
 QUIET = {"show_progress": False}

@@ -38,7 +38,7 @@ from lab.result import Result
 from lab.runs import progress
 from lab.sim.tasks import draw_items
 from lab.view.draw import save
-from probes.prune import unit_map
+from probes.scores import unit_map
 
 FRAMES = {
     "frame(q) > frame(k)": lambda d: d > 0,

@@ -202,6 +202,58 @@ def sweep(
     _finish(work, as_json)
 
 
+@app.command(short_help="Find the attention edges a model needs.")
+def prune(
+    items: Annotated[str, typer.Option("--items", metavar="FILE", help='Calibration questions: .jsonl or .yaml, or a simulator task: \'{"sim": "moving_direction", "n": 128}\'.')],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="The policy file; pictures and data go to a folder of its name.")] = "out/policy.yaml",
+    holdout: Annotated[str | None, typer.Option("--holdout", metavar="FILE", help="Other questions, to measure the policy on beside every baseline.")] = None,
+    model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None,
+    flips: Annotated[float, typer.Option("--flips", metavar="S", help="Share of answers that may change (95 % bound).")] = 0.03,
+    kl: Annotated[float, typer.Option("--kl", metavar="NATS", help="Mean KL divergence of the answers that is allowed (95 % bound).")] = 0.02,
+    forwards: Annotated[float, typer.Option("--forwards", metavar="N", help="Forward-equivalents a question the search may cost.")] = 80.0,
+    portable: Annotated[bool, typer.Option("--portable", help="Only name what any prompt has, for use in other harnesses.")] = False,
+    contiguous: Annotated[bool, typer.Option("--contiguous", help="Keep every pair in one range of layers only.")] = False,
+    warm: Annotated[bool, typer.Option("--warm", help="Order the search by first-order scores.")] = False,
+    baseline: Annotated[list[str] | None, typer.Option("--baseline", "-b", metavar="SORT", help="With --holdout: all (default), none, or some of paper, random, shuffled, exit, local, mass, controls; repeat.")] = None,
+    finer: Annotated[str, typer.Option("--finer", metavar="A,B", help="How units are parted: some of distance, option, head.")] = "distance,option,head",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Search the smallest set of attention edges that keeps the answers, prove it on other questions, write it to a file.
+
+    Can be interrupted: the best policy so far is written, and the same command goes on.
+    """
+    from lab.cli import asking, prunes
+
+    def work() -> Reply:
+        setting = asking.Setting(model, device, dtype, frames, None)
+        options = {
+            "roles": "portable" if portable else "all", "layers": "contiguous" if contiguous else "free", "warm": warm,
+            "finer": tuple(f.strip() for f in finer.split(",") if f.strip()), "baselines": prunes.sorts(baseline),
+        }  # fmt: skip
+        budget = {"flips": flips, "kl": kl, "forwards": forwards}
+        return prunes.prune(items, holdout, setting, out, budget=budget, options=options)
+
+    _finish(work, as_json)
+
+
+@app.command("eval", short_help="Measure a policy beside its baselines.")
+def evaluate(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A policy file (.yaml, .json), or a preset such as 7b/strict.")],
+    items: Annotated[str, typer.Option("--items", metavar="FILE", help="Questions the policy was not made on: a file, or a simulator task.")],
+    model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None,
+    baseline: Annotated[list[str] | None, typer.Option("--baseline", "-b", metavar="SORT", help="all (default), none, or some of paper, random, shuffled, exit, local, mass, controls; repeat.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FOLDER", help="Save table and curve here.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Accuracy, flips, KL and edges kept of a policy, beside every baseline; can be interrupted if --out is given."""
+    from lab.cli import asking, prunes
+
+    setting = (model, device, dtype, frames, None)
+    _finish(
+        lambda: prunes.evaluate(policy, items, asking.Setting(*setting), prunes.sorts(baseline), out), as_json
+    )
+
+
 @app.command("run", short_help="Carry out a recipe.")
 def rerun(
     recipe: Annotated[

@@ -111,12 +111,12 @@ def _live(
         cut = now & touched[layer] if layer in touched else torch.zeros_like(now)
         seen = now | ((now & ~cut).flip(0).cumsum(0).flip(0) > 0)
         if bool(cut.any()):
-            seen = seen | _read_by(cuts[layer], cut.nonzero().squeeze(1))
+            seen = seen | read_by(cuts[layer], cut.nonzero().squeeze(1))
         live.insert(0, seen)
     return tuple(live)
 
 
-def _read_by(cut: LayerCut, rows: Tensor) -> Tensor:
+def read_by(cut: LayerCut, rows: Tensor) -> Tensor:
     """Keys that some of the rows read in some head after the cut."""
     at = torch.arange(length_of(cut))
     seen = torch.zeros(len(at), dtype=torch.bool)

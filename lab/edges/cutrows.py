@@ -125,4 +125,3 @@ def policy_cuts(bound: Bound) -> dict[int, PolicyCut]:
             made[key] = cut if cut.any() else None
     found = ((layer, made[bound.key(layer)]) for layer in range(bound.n_layers))
     return {layer: cut for layer, cut in found if cut is not None}
-

@@ -200,6 +200,10 @@ class Policy(Metadata):
         """The positions that belong to no segment of this policy: information passes them uncut. None when strict."""
         return leaks_of(self, tokens)
 
+    def materialised(self, model: Any) -> Any:
+        """See `VideoLLM.materialise`."""
+        return importlib.import_module("lab.edges.materialised").materialise(model, self)
+
     def executor(self, name: str) -> Callable[..., Tensor]:
         """The `execute(model, ready, policy, *, read)` of an executor other than the reference, which the model is itself."""
         if name not in EXECUTORS[1:]:

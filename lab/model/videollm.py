@@ -340,6 +340,17 @@ class VideoLLM(HookedRootModule):
         with self.pruning.using(policy):
             yield self
 
+    def materialise(self, policy: EdgePolicy) -> Any:
+        """A handle on this model whose runs save what the policy cuts: rows nobody reads any more leave the stream and
+        write no keys and values, and attention runs in blocks of what is kept. Answers are those of the masked policy.
+
+        Offers calls, `generate`, `answer`, `kv_bytes`. Raises UsageError for what is no such policy, or saves nothing.
+        """
+        make = getattr(policy, "materialised", None)
+        if not callable(make):
+            raise UsageError(f"{type(policy).__name__} cannot be materialised; use a lab.edges.Policy")
+        return make(self)
+
     @contextmanager
     def alone(self) -> Iterator[VideoLLM]:
         """Hold the model alone: for captum, nnsight and other code that hooks modules by itself.

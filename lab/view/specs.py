@@ -48,6 +48,7 @@ LABELS = {
     "first": "First layer cut",
     "last": "Last layer cut",
     "token": "Token of the answer",
+    "kept": "Edges kept, at most (%)",
 }
 
 

@@ -1,0 +1,551 @@
+"""Search: the smallest set of attention edges that keeps a model's answers, on calibration data.
+
+1 dead edges go: what no live row reads (no test needed)   2 the video exits as early as the budget allows
+3 from the last layer to the first: cut the layer's units together; where that is too much, halve until the culprits
+stand alone, and part those by option, distance or head (reverse ACDC: all below the layer is uncut, so a trial starts
+from the stored clean run at that layer)   4 polish: kept units once more, with what is left of the budget.
+
+A set is accepted if the one-sided bounds of mean KL and of the share of flipped answers stay inside the budget, and if
+it takes no more of it than its share of the edges still undecided: small units cannot spend what large ones need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from lab.edges.bounds import CONFIDENCE, items_needed, most_hits, share_bound
+from lab.edges.closure import closure_of
+from lab.edges.fingerprints import Calibration
+from lab.edges.found import as_policy, plain_unit
+from lab.edges.policy import Policy
+from lab.edges.sweeping import _fingerprint, as_ready
+from lab.edges.trials import Effect, Trials, check_items
+from lab.edges.units import GRAINS, Grain, Roles, Unit, disjoint, split, units_of, wholes
+from lab.edges.warm import Predicted, predicted
+from lab.errors import UsageError
+from lab.model.ready import Ready
+from lab.recipe import Recipe as Owner  # not listed among the recipes that can be run
+from lab.result import Result
+from lab.runs import Cancel, Cancelled, Ledger, Run, progress
+
+Method = Literal["acdc", "greedy"]
+Layers = Literal["free", "contiguous"]
+Scope = Literal["global", "task", "sample"]
+Bundle = tuple[Unit, ...]  # units that are cut together or not at all
+MEASURES = ("accepted", "kl", "kl_bound", "flips", "flips_bound", "kept", "kept_video", "forwards")
+SLACK = 3.0  # how many times its share of the remaining edges a set may take of the remaining budget
+FLOOR = 0.02  # share of the KL budget that sets without weight may take, all together
+FINER: tuple[Grain, ...] = ("option", "head")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much answers may change, and how much the search may cost.
+
+    kl        mean KL divergence of the answer (options and everything else), nats, one-sided bound
+    flips     share of changed choices, one-sided bound. With too few items to show so small a share (99 for 3 %), no
+              flip at all is allowed, and the trail says what bound that is
+    confidence  of both bounds
+    forwards  forward-equivalents per calibration sample, clean runs included; the search stops with the best policy then
+    """
+
+    kl: float = 0.02
+    flips: float = 0.03
+    confidence: float = CONFIDENCE
+    forwards: float = 80.0
+
+    def __post_init__(self) -> None:
+        for name, most in (("kl", np.inf), ("forwards", np.inf), ("flips", 1.0), ("confidence", 0.9999)):
+            value: Any = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                raise UsageError(
+                    f"budget {name} must be above 0 and at most {most:g}, got {getattr(self, name)!r}"
+                )
+
+    @classmethod
+    def of(cls, given: Budget | Mapping[str, float] | None) -> Budget:
+        """A budget from one, from its fields, or the default. Raises UsageError for unknown fields."""
+        if given is None or isinstance(given, Budget):
+            return given or cls()
+        if not isinstance(given, Mapping):
+            raise UsageError(f"a budget is a Budget or a mapping of its fields, got {type(given).__name__}")
+        unknown = set(given) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise UsageError(
+                f"no budget field {sorted(unknown)[0]!r}; there are: {', '.join(cls.__dataclass_fields__)}"
+            )
+        return cls(**given)
+
+
+class Found(NamedTuple):
+    """What a search found: the policy, and how it came to it, a Result with axes (step, measure)."""
+
+    policy: Policy
+    trail: Result
+
+
+class SearchJournal(Owner):
+    """What a search's journal belongs to. It cannot be run by itself."""
+
+    model: str
+    dtype: str
+    items: tuple[str, ...]
+    budget: dict[str, float]
+    asked: dict[str, str]
+
+    def run(self, *, progress: bool = True) -> list[Result]:
+        """Raises UsageError: the items are only known by their fingerprints."""
+        raise UsageError(
+            "this journal knows its items only by fingerprint; call lab.edges.search with the same items"
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How to search; see `search`."""
+
+    budget: Budget
+    method: Method = "acdc"
+    roles: Roles = "all"
+    finer: tuple[Grain, ...] = FINER
+    layers: Layers = "free"
+    worth: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.worth <= 1:
+            raise UsageError(f"worth is a share of all edges, 0 to 1, got {self.worth!r}")
+        for name, allowed in (("method", Method), ("roles", Roles), ("layers", Layers)):
+            if getattr(self, name) not in get_args(allowed):
+                raise UsageError(f"{name}={getattr(self, name)!r}; use one of {', '.join(get_args(allowed))}")
+        for grain in self.finer:
+            if grain not in GRAINS:
+                raise UsageError(f"finer={grain!r}; use some of {', '.join(GRAINS[1:])}")
+
+
+def search(
+    model: Any, calibration: Any, *, budget: Budget | Mapping[str, float] | None = None, scores: Result | None = None,
+    scope: Scope = "global", method: Method = "acdc", roles: Roles = "all", finer: Sequence[Grain] = FINER,
+    layers: Layers = "free", worth: float = 0.0, n_frames: int = 8, out: str | Path | None = None,
+    cancel: Cancel | None = None, show_progress: bool = True, memory: int | None = None,
+) -> Any:  # fmt: skip
+    """Search the smallest set of edges that keeps the answers of the calibration items, right ones and wrong ones.
+
+    calibration  VideoQA or Ready, one world each
+    scores   what `lab.edges.scores` says cutting would do; orders the trials. None: by exact effects alone. Scores must
+             have been validated (`validate_scores`)
+    scope    "global": one policy, returned as `Found`. "task", "sample": one for each, a dict by task or item id; of a
+             single sample no bound can be given, so those are explanations, not claims
+    method   "acdc": from the last layer to the first. "greedy": the cheapest units of all layers first
+    roles    "portable": only segments any prompt has (video, separator, text, last), for prompts rendered elsewhere
+    finer    how units that cannot be cut whole are parted, in this order: "distance" of frames, "option", "head"
+    worth    units with a smaller share of all edges are kept or cut whole: parting them saves next to nothing
+    layers   "contiguous": every pair is kept in one range of layers only
+    out      folder for a journal: an interrupted search goes on where it stopped
+    Stopped (Ctrl-C, `cancel`, the budget of forwards), it returns the best policy so far: `trail.notes["complete"]`.
+    Raises UsageError for what does not fit together.
+    """
+    finer = (finer,) if isinstance(finer, str) else tuple(finer)  # type: ignore[assignment]
+    asked = Asked(Budget.of(budget), method, roles, tuple(finer), layers, worth)
+    if model.pruning.chosen(None) is not None:
+        raise UsageError("a search cuts the model as it is, and `model.pruned` is open: search outside of it")
+    check_items(calibration)
+    readies = as_ready(model, calibration, None, n_frames)
+    how = _How(asked, scores, cancel, show_progress, memory)
+    if scope == "global":
+        return _search(model, readies, how, out)
+    if scope not in get_args(Scope):
+        raise UsageError(f"scope={scope!r}; use one of {', '.join(get_args(Scope))}")
+    parts = _parts(readies, scope)
+    return {
+        name: _search(model, some, how, None if out is None else Path(out) / _slug(name))
+        for name, some in parts.items()
+    }
+
+
+class _How(NamedTuple):
+    asked: Asked
+    scores: Result | None
+    cancel: Cancel | None
+    show: bool
+    memory: int | None
+
+
+def _parts(readies: Sequence[Ready], scope: Scope) -> dict[str, list[Ready]]:
+    parts: dict[str, list[Ready]] = {}
+    for i, ready in enumerate(readies):
+        item = ready.item
+        name = (item.task if scope == "task" else item.id) if item is not None else ""
+        parts.setdefault(name or (f"item {i}" if scope == "sample" else "no task"), []).append(ready)
+    return parts
+
+
+def _slug(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def _search(model: Any, readies: Sequence[Ready], how: _How, out: str | Path | None) -> Found:
+    trials = Trials(model, readies, how.memory)
+    owner = _owner(model, readies, how.asked)
+    with nullcontext() if out is None else Run(out, owner, cancel=how.cancel) as run:
+        work = Searcher(trials, how.asked, predicted(how.scores, readies), run, how.cancel)
+        try:
+            work.search(how.show)
+        except (KeyboardInterrupt, Cancelled):
+            work.stopped = "interrupted"
+    return Found(work.policy(owner.id), work.trail(owner.id))
+
+
+def _owner(model: Any, readies: Sequence[Ready], asked: Asked) -> SearchJournal:
+    said = {
+        "method": asked.method,
+        "roles": asked.roles,
+        "finer": ",".join(asked.finer),
+        "worth": f"{asked.worth:g}",
+        "layers": asked.layers,
+    }
+    return SearchJournal(
+        model=model.cfg.model_name, dtype=str(model.dtype), items=tuple(_fingerprint(r) for r in readies),
+        budget=asdict(asked.budget), asked=said,
+    )  # fmt: skip
+
+
+class _Enough(Exception):
+    """The budget of forwards is spent."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One trial: what was cut on top of what is accepted, and what it did."""
+
+    name: str
+    units: Bundle
+    accepted: bool
+    effect: Effect
+    forwards: float
+
+
+class Searcher:
+    """The state of one search: what is cut, what that does, and every trial so far. Valid at any time."""
+
+    def __init__(
+        self, trials: Trials, asked: Asked, guess: Predicted | None, run: Run | None, cancel: Cancel | None
+    ) -> None:
+        self.trials, self.asked, self.guess, self.run_, self.cancel = trials, asked, guess, run, cancel
+        self.n_layers = trials.model.cfg.n_layers
+        maps = [g.bound.tokens for g, _ in trials.layouts]
+        self.units = [u for u in units_of(maps, self.n_layers, asked.roles) if self._softmax(u.layer)]
+        self.cut: set[Unit] = set()
+        self.dead: set[Unit] = set()
+        self.rejected: dict[
+            Unit, float
+        ] = {}  # least KL seen when it was cut alone on top of what was accepted
+        self.effect = Effect.none(len(trials))
+        self.steps: list[Step] = []
+        self.spent = Ledger()
+        self.stopped = ""
+        self._weights: dict[Unit, float] = {}
+        self.total = sum(map(self.weight, self.units))
+        n, b = len(trials), asked.budget
+        self.most_flips = max(0, most_hits(b.flips, n, b.confidence))
+
+    def _softmax(self, layer: int) -> bool:
+        return self.trials.model.parts[layer].attn is not None
+
+    def weight(self, unit: Unit) -> float:
+        """Edges of a unit, mean over the samples; all heads together count 1."""
+        if unit not in self._weights:
+            self._weights[unit] = self.trials.weight([unit])
+        return self._weights[unit]
+
+    # ---- the search -------------------------------------------------------------------------------------------------
+
+    def search(self, show: bool) -> None:
+        """Carries the search out; stops early, without a word, when the forwards are spent."""
+        try:
+            self._bury()
+            self._exit()
+            (self._greedy if self.asked.method == "greedy" else self._descend)(show)
+            self._polish()
+        except _Enough:
+            self.stopped = "forwards spent"
+        self._bury()
+
+    def _exit(self) -> None:
+        """Nobody reads video from some layer on: as early as it can be had."""
+        for first in reversed(range(self.n_layers)):
+            group = [u for u in self.units if u.k == "video" and u.layer >= first and self._open(u)]
+            if group and not self.attempt(f"video exits after layer {first}", [tuple(group)]):
+                return
+            self._bury()
+
+    def _descend(self, show: bool) -> None:
+        layers = list(reversed(range(self.n_layers)))
+        for layer in progress(layers, desc="search", show=show, cancel=self.cancel):
+            until = self._allotment(layer)
+            self._bury()
+            here = [u for u in self.units if u.layer == layer and self._open(u)]
+            for group in self._groups(here):
+                self.take([self._bundle(u) for u in group], until)
+
+    def _groups(self, units: Sequence[Unit]) -> list[list[Unit]]:
+        """What is tried together first: what the scores call cheap, then cheap trials (few rows), then dear ones."""
+        chosen = self.guess.knapsack(units, self.weight) if self.guess else set[Unit]()
+        rest = [u for u in units if u not in chosen]
+        groups = [sorted(chosen), [u for u in rest if u.q != "video"], [u for u in rest if u.q == "video"]]
+        return [self._ordered(g) for g in groups if g]
+
+    def _ordered(self, units: Iterable[Unit]) -> list[Unit]:
+        """Least predicted loss for its weight first; without scores the heaviest first."""
+        if self.guess is None:
+            return sorted(units, key=lambda u: (-self.weight(u), u))
+        guess = self.guess
+        return sorted(units, key=lambda u: (guess.loss(u) / max(self.weight(u), 1e-9), u))
+
+    def _greedy(self, show: bool) -> None:
+        """The cheapest first, in batches that double when they hold and halve when they do not."""
+        left, size = self._ordered([u for u in self.units if self._open(u)]), 8
+        while left:
+            if self.cancel is not None:
+                self.cancel.check()
+            batch = left[:size]
+            if self.attempt(f"{len(batch)} cheapest units", [(u,) for u in batch]):
+                left, size = left[size:], 2 * size
+                self._bury()
+                left = [u for u in left if self._open(u)]
+            elif len(batch) > 1:
+                size = len(batch) // 2
+            else:
+                left = left[1:]
+                self._finer(self._bundle(batch[0]), self.asked.budget.forwards * len(self.trials))
+
+    def _polish(self) -> None:
+        """Kept units once more, those that cost least for their weight first; a trial may take all that is left."""
+        order = sorted(self.rejected, key=lambda u: (self.rejected[u] / max(self.weight(u), 1e-9), u))
+        for unit in order[: 2 * self.n_layers]:
+            if self._open(unit) and self.asked.layers == "free":
+                self.attempt(f"again {unit}", [(unit,)], share=1.0)
+
+    # ---- groups -----------------------------------------------------------------------------------------------------
+
+    def take(self, bundles: list[Bundle], until: float, bad: float | None = None) -> None:
+        """Cut as many of the bundles as the budget allows: all at once, or the halves, down to single ones.
+
+        until  forwards after which single bundles are kept whole instead of parted
+        bad    mean KL of all together, if they were too much already
+        """
+        bundles = [b for b in bundles if any(self._open(u) for u in b)]
+        if not bundles or (bad is None and self.attempt(_title(bundles), bundles)):
+            return
+        seen = self.steps[-1].effect.mean_kl if bad is None else bad
+        if len(bundles) == 1:
+            self.rejected.setdefault(bundles[0][0], seen)
+            self._finer(bundles[0], until)
+            return
+        half = len(bundles) // 2
+        before = len(self.cut)
+        self.take(bundles[:half], until)
+        whole = len(self.cut) - before == sum(len(b) for b in bundles[:half])
+        # the first half went whole, so the second half on top of it is what was too much just now
+        self.take(bundles[half:], until, seen if whole else None)
+
+    def _finer(self, bundle: Bundle, until: float) -> None:
+        """Part a bundle that cannot be cut whole, at the first grain that parts it."""
+        unit = bundle[0]
+        if self.spent.forwards > until or self.weight(unit) < self.asked.worth * self.total:
+            return
+        for grain in self.asked.finer:
+            parts = self._split(unit, grain)
+            if len(parts) > 1:
+                self.take(
+                    [self._bundle(p) for p in self._ordered(parts)], until, self.rejected.get(unit, 0.0)
+                )
+                return
+
+    def _split(self, unit: Unit, grain: Grain) -> list[Unit]:
+        if (grain == "head" and unit.heads) or (grain == "distance" and unit.where):
+            return [unit]
+        options = max((len(r.item.options) for r in self.trials.readies if r.item is not None), default=0)
+        parts = split(unit, grain, n_heads=self.trials.model.cfg.n_heads, n_options=options)
+        return [p for p in parts if self.weight(p) > 0]
+
+    def _bundle(self, unit: Unit) -> Bundle:
+        """The unit; with contiguous layers, one whose pair is kept further up goes in all layers below or not at all."""
+        if self.asked.layers == "free" or not any(
+            u.layer > unit.layer and _overlap(u, unit) for u in self.rejected
+        ):
+            return (unit,)
+        return tuple(
+            replace(unit, layer=layer) for layer in range(unit.layer, -1, -1) if self._softmax(layer)
+        )
+
+    def _open(self, unit: Unit) -> bool:
+        """Whether it is not cut yet, in whole or in part, nor dead."""
+        return not any(u in self.cut or u in self.dead for u in wholes(unit))
+
+    def _allotment(self, layer: int) -> float:
+        """Forwards that may be spent when this layer is done: what is left, in proportion to the layers a trial runs."""
+        left = self.asked.budget.forwards * len(self.trials) - self.spent.forwards
+        work = [self.n_layers - i for i in range(layer + 1)]
+        return self.spent.forwards + max(0.0, left) * work[-1] / sum(work)
+
+    # ---- one trial --------------------------------------------------------------------------------------------------
+
+    def attempt(self, name: str, bundles: Sequence[Bundle], share: float | None = None) -> bool:
+        """Try the bundles on top of what is cut; accept them if the answers allow it. Journalled."""
+        units = tuple(sorted({u for b in bundles for u in b} - self.cut))
+        if not units:
+            return True
+        most_kl, most_flips = self._limits(units, share)
+        effect = self._measured(units, most_kl, most_flips)
+        accepted = effect.whole and not self._too_much(effect, most_kl, most_flips)
+        self.steps.append(Step(name, units, accepted, effect, self.spent.forwards))
+        if accepted:
+            self.cut |= set(units)
+            self.effect = effect
+        elif len(bundles) == 1:
+            seen = min(effect.mean_kl, self.rejected.get(bundles[0][0], np.inf))
+            self.rejected[bundles[0][0]] = seen
+        return accepted
+
+    def _limits(self, units: Sequence[Unit], share: float | None) -> tuple[float, int]:
+        """Largest mean KL and most flips allowed if these units are cut too."""
+        b, now = self.asked.budget, self.effect
+        if share is None:
+            undecided = {u for u in self.units if self._open(u) and u not in self.rejected}
+            rest = sum(map(self.weight, undecided - set(units)))
+            mine = sum(map(self.weight, units))
+            share = min(1.0, SLACK * mine / max(mine + rest, 1e-9))
+        spare = max(0.0, b.kl - now.bounds(b.confidence)[0])
+        floor = FLOOR * b.kl / max(1, self.n_layers)
+        flips = now.n_flips + int((self.most_flips - now.n_flips) * share)
+        return now.mean_kl + max(spare * share, min(floor, spare)), flips
+
+    def _too_much(self, effect: Effect, most_kl: float, most_flips: int) -> bool:
+        """Whether a trial, finished or not, is beyond its limits: samples still to come can only add."""
+        if np.nansum(effect.kl) > most_kl * len(self.trials) or effect.n_flips > most_flips:
+            return True
+        b = self.asked.budget
+        return effect.whole and effect.bounds(b.confidence)[0] > b.kl
+
+    def _measured(self, units: Sequence[Unit], most_kl: float, most_flips: int) -> Effect:
+        """The effect of what is cut and these units; from the journal if it is there."""
+        wanted = frozenset(self.cut) | set(units)  # dead units change nothing, and would only make rows run
+        key = _key(len(self.steps), wanted, most_kl, most_flips)
+        if self.run_ is not None and self.run_.done(key):
+            found = self.run_.results()[key]
+            effect, spent = Effect.read(found["effect"]), Ledger(**found["spent"])
+            self.trials.learn(effect)
+            self.spent += spent
+            return effect
+        if self.spent.forwards >= self.asked.budget.forwards * len(self.trials):
+            raise _Enough
+        if self.cancel is not None:
+            self.cancel.check()
+        before = self.trials.spent
+        effect = self.trials.effect(wanted, lambda e: self._too_much(e, most_kl, most_flips))
+        now = self.trials.spent
+        spent = Ledger(
+            now.forwards - before.forwards, now.naive - before.naive, now.tower_calls - before.tower_calls
+        )
+        self.spent += spent
+        if self.run_ is not None:
+            self.run_.record(key, {"effect": effect.plain(), "spent": spent.plain()}, spent)
+        return effect
+
+    # ---- what is dead -----------------------------------------------------------------------------------------------
+
+    def _bury(self) -> None:
+        """Units whose queries reach nothing in any layout: cutting them changes nothing, exactly."""
+        alive: set[tuple[int, str]] = set()
+        for grid, _ in self.trials.layouts:
+            cuts = grid.cuts(self.cut)
+            live = closure_of(cuts, grid.bound.n, self.n_layers, [grid.bound.n - 1]).live
+            for name in dict.fromkeys(u.q for u in self.units):
+                rows = grid.bound.members(name)
+                alive |= {(i, name) for i in range(self.n_layers) if bool((live[i + 1] & rows).any())}
+        self.dead = {u for u in self.units if (u.layer, u.q) not in alive}
+
+    # ---- what came of it --------------------------------------------------------------------------------------------
+
+    def kept(self, cut: Iterable[Unit], only: Callable[[Unit], bool] = lambda u: True) -> float:
+        """Share of edges left, by the paper's rule."""
+        total = sum(self.weight(u) for u in self.units if only(u))
+        return 1.0 - sum(self.weight(u) for u in disjoint(cut) if only(u)) / max(total, 1e-9)
+
+    def kept_units(self) -> dict[Unit, float]:
+        """The finest units that were tried and kept, with the least mean KL seen when they were cut."""
+        tried = {*self.rejected, *self.cut}
+        parted = {w for u in tried for w in wholes(u) if w != u}
+        return {u: kl for u, kl in self.rejected.items() if self._open(u) and u not in parted}
+
+    def policy(self, owner: str) -> Policy:
+        """What is cut so far, as a policy."""
+        b = self.asked.budget
+        made = as_policy(self.trials, self.asked.roles, self.cut, self.dead)
+        told = Calibration(data_sha=owner, n=len(self.trials), eps_kl=b.kl, flip_max=b.flips)
+        return made.model_copy(update={"calibration": told})
+
+    def trail(self, owner: str) -> Result:
+        """Every trial: axes (step, measure). Notes hold the units, so that policies along the way can be made again."""
+        cut, rows = (
+            set(self.dead),
+            list[list[float]](),
+        )  # what is dead in the end counts as cut from the start
+        kept = self._shares(cut)
+        for step in self.steps:
+            if step.accepted:
+                cut |= set(step.units)
+                kept = self._shares(cut)
+            rows.append(self._row(step, kept))
+        return Result(
+            values=np.array(rows).reshape(len(rows), len(MEASURES)), axes=("step", "measure"),
+            coords={"step": list(range(1, len(rows) + 1)), "measure": list(MEASURES)}, recipe={},
+            unit="see measure: shares of 1, KL in nats, forward-equivalents per item", name="search for the edges that matter",
+            notes=self._notes(owner),
+        )  # fmt: skip
+
+    def _shares(self, cut: set[Unit]) -> tuple[float, float]:
+        """Edges left of all, and of those that touch video."""
+        return self.kept(cut), self.kept(cut, lambda u: u.touches_video)
+
+    def _row(self, step: Step, kept: tuple[float, float]) -> list[float]:
+        kl, flips = step.effect.bounds(self.asked.budget.confidence)
+        share = step.effect.n_flips / int(step.effect.seen.sum())
+        spent = step.forwards / len(self.trials)
+        return [float(step.accepted), step.effect.mean_kl, kl, share, flips, *kept, spent]
+
+    def _notes(self, owner: str) -> dict[str, Any]:
+        b, n = self.asked.budget, len(self.trials)
+        least = share_bound(0, n, b.confidence)
+        caution = f"{n} items cannot show that fewer than {least:.1%} of answers flip; {items_needed(b.flips, b.confidence)} would do for {b.flips:.1%}" if least > b.flips else ""  # fmt: skip
+        return {
+            "complete": not self.stopped, "stopped": self.stopped, "caution": caution, "search": owner,
+            "budget": asdict(b), "asked": {k: v for k, v in asdict(self.asked).items() if k != "budget"}, "n": {"item": n},
+            "ledger": self.spent.plain(), "forwards_per_item": self.spent.forwards / n,
+            "naive_per_item": self.spent.naive / n, "roles": self.asked.roles,
+            "steps": [s.name for s in self.steps], "cut": [list(map(plain_unit, s.units)) for s in self.steps],
+            "kept": [[*plain_unit(u), kl] for u, kl in self.kept_units().items()],
+            "effect": self.effect.plain(),
+        }  # fmt: skip
+
+
+def _overlap(a: Unit, b: Unit) -> bool:
+    pair = (a.q, a.k) == (b.q, b.k) and (not a.where or not b.where or a.where == b.where)
+    return pair and (not a.heads or not b.heads or bool(set(a.heads) & set(b.heads)))
+
+
+def _title(bundles: Sequence[Bundle]) -> str:
+    first = bundles[0][0]
+    return str(first) if len(bundles) == 1 else f"layer {first.layer + 1}: {len(bundles)} units"
+
+
+def _key(step: int, units: Iterable[Unit], most_kl: float, most_flips: int) -> str:
+    said = "\n".join(map(str, sorted(units))) + f"|{most_kl!r}|{most_flips}"
+    return f"{step:05d}|{hashlib.sha256(said.encode()).hexdigest()[:16]}"
