@@ -45,7 +45,7 @@ def groups_of(tokens: TokenMap, scope: Scope, routed: Routed) -> Int[Tensor, " p
     return torch.where(member, 0, -1)
 
 
-def sizes(group: Int[Tensor, " pos"]) -> list[int]:
+def group_sizes(group: Int[Tensor, " pos"]) -> list[int]:
     """Rows of each group 0, 1, ... (0 for numbers that no row has)."""
     return torch.bincount(group[group >= 0]).tolist()
 
@@ -69,7 +69,7 @@ def top(
     """
     by_score = score.argsort(descending=True, stable=True)
     order = by_score[group[by_score].argsort(stable=True)]
-    counts = sizes(group)
+    counts = group_sizes(group)
     free = len(score) - sum(counts)
     starts = torch.tensor([0, *counts]).cumsum(0)[:-1] + free
     budgets = torch.tensor([kept(c) for c in counts], dtype=torch.long)

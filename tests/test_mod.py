@@ -77,7 +77,7 @@ def test_routed_run_equals_brute_force(name: str, batch: dict[str, int], wrapped
     ready = ready_of(model, name, **batch)
     out = model.run(ready, read="all", mechanisms=[FREE])
     keep = out.heads["mod.keep"]
-    assert 0 < int((~keep).sum()) and out.heads["mod.layers"].tolist() == list(ODD)
+    assert int((~keep).sum()) > 0 and out.heads["mod.layers"].tolist() == list(ODD)
     if batch:
         assert not torch.equal(keep[:, 0], keep[:, 1])  # worlds choose for themselves
     oracle = twin(model, ready, keep, out.heads["mod.layers"])

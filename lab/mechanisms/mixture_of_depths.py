@@ -32,9 +32,9 @@ from lab.routing import (
     Scope,
     budget,
     ends_of_groups,
+    group_sizes,
     groups_of,
     scrambled,
-    sizes,
     stride,
     top,
 )
@@ -221,7 +221,7 @@ class MixtureOfDepths:
         if self.threshold is not None:
             raise UsageError("how many rows pass a threshold is not known before the run; read 'mod.keep'")
         group = groups_of(tokens, self.scope, self.routed)
-        counts, free = sizes(group), int((group < 0).sum())
+        counts, free = group_sizes(group), int((group < 0).sum())
         return [
             len(tokens) if r is None else free + sum(self.budget(r)(c) for c in counts)
             for r in self.ratios(n_layers)
