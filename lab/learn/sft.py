@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step reads: packed ids, who may see whom, where targets stand."""
+    """What one forward reads: packed ids, who may see whom, where targets stand; `name`: for numbers of its own."""
 
     ids: Int[Tensor, "world pos"]
     positions: Int[Tensor, "one pos"]
@@ -45,6 +45,7 @@ class Batch:
     want: Int[Tensor, "world target"]
     groups: tuple[str, ...]
     pixels: Float[Tensor, "world frame channel height width"] | None = None
+    name: str = ""
 
 
 def pack(parts: Sequence[Part], pixels: Tensor | None = None) -> Batch:
@@ -80,7 +81,12 @@ def score(hf: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     out = hf.model(
         input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False, **seen
     )
-    logits = hf.lm_head(out.last_hidden_state[:, batch.at]).float()
+    return graded(hf.lm_head(out.last_hidden_state[:, batch.at]), batch)
+
+
+def graded(logits: Float[Tensor, "world target d_vocab"], batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """What `score` says of the logits at the targets, however they were computed."""
+    logits = logits.float()
     each = F.cross_entropy(logits.flatten(0, 1), batch.want.flatten(), reduction="none").view_as(batch.want)
     right = (logits.argmax(-1) == batch.want).float()
     total, numbers = logits.new_zeros(()), {}
@@ -88,20 +94,26 @@ def score(hf: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         here = torch.tensor([g == name for g in batch.groups])
         total = total + each[:, here].mean()
         numbers |= {f"{name}_loss": each[:, here].mean().item(), f"{name}_acc": right[:, here].mean().item()}
-    return total, numbers
+    return total, {f"{batch.name}:{k}" if batch.name else k: v for k, v in numbers.items()}
+
+
+def worst(means: Mapping[str, float], name: str) -> float:
+    """The lowest of a number over all batches that have it; 0 where none has it yet."""
+    return min((v for k, v in means.items() if k.rpartition(":")[2] == name), default=0.0)
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stretch of training.
 
-    batch   step number -> Batch (drawn from a generator seeded with the step, so resuming repeats it)
-    gate    (number's name, threshold): the stage ends when the running mean of that number reaches it
+    batch   step number -> Batch, or several whose losses are averaged (or whatever the trainer's `loss` reads; drawn from a generator seeded with the step, so
+            resuming repeats them)
+    gate    (number's name, threshold): the stage ends when the running mean of that number reaches it in every batch
     steps   and at the latest after so many steps; peak: learning rate; decay: let it fall to a tenth at the end
     """
 
     name: str
-    batch: Callable[[int], Batch]
+    batch: Callable[[int], Any]
     gate: tuple[str, float]
     steps: int
     peak: float = 1e-3
@@ -133,15 +145,18 @@ class Trainer:
         stages: Sequence[Stage],
         folder: str | Path,
         *,
-        check: Callable[[nn.Module], dict[str, float]],
+        check: Callable[[nn.Module], dict[str, Any]],
+        loss: Callable[[Any, Any], tuple[Tensor, dict[str, float]]] = score,
         check_every: int = 200,
         save_every: float = 240.0,
     ) -> None:
         self.hf, self.stages, self.folder, self.check = hf, list(stages), Path(folder), check
+        self.loss = loss
         self.check_every, self.save_every = check_every, save_every
         self.folder.mkdir(parents=True, exist_ok=True)
-        decayed = [p for p in hf.parameters() if p.ndim > 1]
-        plain = [p for p in hf.parameters() if p.ndim <= 1]
+        trained = [p for p in hf.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.ndim > 1]
+        plain = [p for p in trained if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
         self.progress = Progress()
@@ -164,19 +179,29 @@ class Trainer:
         stage = self.stages[now.stage]
         for group in self.optimiser.param_groups:
             group["lr"] = stage.rate(now.stage_step)
-        loss, numbers = score(self.hf, stage.batch(now.step))
+        drawn = stage.batch(now.step)
         self.optimiser.zero_grad()
-        loss.backward()
+        loss, numbers = self._backward(drawn if isinstance(drawn, list) else [drawn])
         nn.utils.clip_grad_norm_(self.hf.parameters(), 1.0)
         self.optimiser.step()
         now.step, now.stage_step, now.seconds = now.step + 1, now.stage_step + 1, time.time() - self._began
         for name, value in numbers.items():
             now.means[name] = 0.95 * now.means.get(name, value) + 0.05 * value
+        self._log("losses.jsonl", {"step": now.step, "loss": loss})
         self._report(stage)
-        if now.means.get(stage.gate[0], 0.0) >= stage.gate[1] and now.stage_step >= 50:
+        if worst(now.means, stage.gate[0]) >= stage.gate[1] and now.stage_step >= 50:
             self._next("gate passed")
         elif now.stage_step >= stage.steps:
             self._next("out of steps")
+
+    def _backward(self, batches: Sequence[Any]) -> tuple[float, dict[str, float]]:
+        """Gradients of the mean loss; one batch at a time, so that only one graph is alive."""
+        total, numbers = 0.0, dict[str, float]()
+        for batch in batches:
+            loss, found = self.loss(self.hf, batch)
+            (loss / len(batches)).backward()
+            total, numbers = total + loss.item() / len(batches), numbers | found
+        return total, numbers
 
     def _report(self, stage: Stage) -> None:
         now = self.progress
@@ -200,9 +225,12 @@ class Trainer:
 
     def _write(self, entry: dict[str, Any]) -> None:
         line = {"step": self.progress.step, "seconds": round(self.progress.seconds, 1), **entry}
-        with open(self.folder / "journal.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._log("journal.jsonl", line)
         print(json.dumps(line), flush=True)
+
+    def _log(self, name: str, line: dict[str, Any]) -> None:
+        with open(self.folder / name, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def save(self) -> None:
         """Write weights, optimiser state and progress; replaces the last checkpoint in one move."""
@@ -233,4 +261,17 @@ class Trainer:
                 self.optimiser.state[p] = state
         with safe_open(path, "pt") as file:
             self.progress = Progress(**json.loads(file.metadata()["progress"]))
+        for name in ("journal.jsonl", "losses.jsonl"):
+            _forget(self.folder / name, self.progress.step)
         return True
+
+
+def _forget(journal: Path, step: int) -> None:
+    """Drop the lines after `step`: those steps are run again. A last line cut short by a kill goes too."""
+    if not journal.exists():
+        return
+    whole = [line for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+    temporary = journal.with_suffix(".new")
+    temporary.write_text(kept)
+    temporary.replace(journal)

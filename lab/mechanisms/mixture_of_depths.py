@@ -332,6 +332,9 @@ class Routing:
 
     def __call__(self, layer: int, step: Step, resid: Tensor, side: Side) -> tuple[Tensor, Side]:
         """Raises RunError for a step that changes the number of rows, and where compact positions cannot be counted."""
+        if layer == 0:  # a new pass writes into a copy: a run that is copied keeps what it knew
+            held = self.state(side)
+            side.run.notes[self] = replace(held, held=dict(held.held), log=list(held.log))
         state = self.state(side)
         state.began = int(side.order[0]) if state.began is None else state.began
         self._watch(layer, state, side)
