@@ -51,7 +51,7 @@ def learning(root: nn.Module, rank: int, *, seed: int = 0) -> Iterator[dict[str,
     generator = torch.Generator().manual_seed(seed)
     found = linears(root)
     added: dict[str, nn.Module] = {
-        n: _Added(tuple(m.weight.shape), rank, generator) for n, m in found.items()
+        n: _Added((m.out_features, m.in_features), rank, generator) for n, m in found.items()
     }
     try:
         for name, module in found.items():

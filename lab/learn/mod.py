@@ -225,7 +225,7 @@ def plain(mechanism: MixtureOfDepths) -> dict[str, Any]:
 
 
 def _mechanism(said: dict[str, Any]) -> MixtureOfDepths:
-    as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+    as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
     return MixtureOfDepths(**as_tuples)
 
 
