@@ -21,7 +21,6 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -74,10 +73,11 @@ def counts(model: VideoLLM, shape: models.Shape, ready: Ready, m: MixtureOfDepth
     n, layers = ready.n_pos, shape.layers
     rows = m.rows(ready.tokens, layers)
     plain, routed = Kept(), Kept()
-    model(ready, mechanisms=[plain])
-    model(ready, mechanisms=[m, routed])
+    flops = [
+        counted_flops(lambda: model(ready, mechanisms=[plain])),
+        counted_flops(lambda: model(ready, mechanisms=[m, routed])),
+    ]
     formula = sum(layer_flops(shape, r) for r in rows) + 2 * n * shape.d * sum(r < n for r in rows)
-    flops = [counted_flops(lambda: model(ready)), counted_flops(lambda: model(ready, mechanisms=[m]))]
     video = len(ready.tokens.where(role="video"))
     return {
         "positions": n, "video_share": video / n, "rows_by_layer": rows, "rows_measured": routed.cache.lengths(),
@@ -124,13 +124,17 @@ def step_of(model: VideoLLM, ready: Ready, m: MixtureOfDepths | None) -> tuple[C
     return step, 4 * sum(p.numel() * p.element_size() for p in learns)
 
 
-def training(model: VideoLLM, ready: Ready, m: MixtureOfDepths, *, pairs: int, clock: Any) -> dict[str, Any]:
+def training(
+    model: VideoLLM, shape: models.Shape, m: MixtureOfDepths, *, frames: int, pairs: int
+) -> dict[str, Any]:
     """Time of a training step and the most bytes its tensors hold at once, beside weights and optimiser."""
+    with torch.no_grad():
+        ready = prepared(model, shape, frames)
     routed = replace(m, routers=m.fresh_routers(model.sizes, start="random").to(model.device))
     with lowrank.learning(model.lm, 16):
         steps = {"vanilla": step_of(model, ready, None), "mod": step_of(model, ready, routed)}
         works = {name: step for name, (step, _) in steps.items()}
-        seconds = paired(works, pairs=pairs, warm=1, clock=clock)
+        seconds = paired(works, pairs=pairs, warm=1, clock=clock_of(model.device))
         peaks = {name: peak_bytes(step, model.device) for name, step in works.items()}
         held = {name: extra for name, (_, extra) in steps.items()}
     weights = sum(p.numel() * p.element_size() for p in model.hf.parameters())
@@ -154,32 +158,21 @@ def clock_of(device: torch.device) -> Callable[[], float]:
     return clock
 
 
-def measure(
-    shape: models.Shape,
-    *,
-    frames: int,
-    train_frames: int,
-    keep: float,
-    pairs: int,
-    device: str,
-    dtype: torch.dtype,
+def reading(
+    model: VideoLLM, shape: models.Shape, m: MixtureOfDepths, *, frames: int, pairs: int
 ) -> dict[str, Any]:
-    """Everything for one shape."""
-    model = wrap(models.build(shape, device=device, dtype=dtype))
-    clock = clock_of(model.device)
-    m = MixtureOfDepths(keep=keep)
+    """Counts, time and memory of a forward."""
     with torch.no_grad():
         ready = prepared(model, shape, frames)
-        m = replace(m, routers=m.fresh_routers(model.sizes, start="random").to(model.device))
         found = counts(model, shape, ready, m)
         works = {"vanilla": lambda: model(ready), "mod": lambda: model(ready, mechanisms=[m])}
-        seconds = paired(works, pairs=pairs, warm=1, clock=clock)
+        seconds = paired(
+            works, pairs=pairs, warm=0, clock=clock_of(model.device)
+        )  # the counts have warmed up
         peaks = {name: peak_bytes(work, model.device) for name, work in works.items()}
-        short = prepared(model, shape, train_frames)
     return found | {
-        "shape": asdict(shape), "frames": frames, "keep": keep, "dtype": str(dtype), "targets": TARGETS,
+        "shape": asdict(shape), "frames": frames, "keep": m.keep, "dtype": str(model.dtype), "targets": TARGETS,
         "forward_seconds": seconds, "forward_ratio": median_ratio(seconds, "mod", "vanilla"), "forward_peak_bytes": peaks,
-        "training": training(model, short, m, pairs=max(2, pairs // 2), clock=clock),
     }  # fmt: skip
 
 
@@ -205,33 +198,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seven-b", action="store_true", help="LLaVA-OneVision 7B's shape, bfloat16")
     parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--train-frames", type=int, default=6, help="frames of the training step")
+    parser.add_argument("--train-frames", type=int, default=6, help="frames of the training step; 0: none")
     parser.add_argument("--keep", type=float, default=0.2)
     parser.add_argument("--pairs", type=int, default=5, help="rounds (default 5)")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     shape, dtype = (models.SEVEN_B, torch.bfloat16) if given.seven_b else (SHAPE, torch.float32)
-    work = partial(measure, shape, frames=given.frames, train_frames=given.train_frames, keep=given.keep)
-    found = setting(given.device) | work(pairs=given.pairs, device=given.device, dtype=dtype)
+    model = wrap(models.build(shape, device=given.device, dtype=dtype))
+    m = MixtureOfDepths(keep=given.keep)
+    m = replace(m, routers=m.fresh_routers(model.sizes, start="random").to(model.device))
+    found = setting(given.device) | reading(model, shape, m, frames=given.frames, pairs=given.pairs)
     write(given.out, found)
+    if given.train_frames:
+        found["training"] = training(
+            model, shape, m, frames=given.train_frames, pairs=max(2, given.pairs // 2)
+        )
+        write(given.out, found)
     if given.out:
         print(_said(found))
     return int(bool(failures(found)))
 
 
 def _said(found: dict[str, Any]) -> str:
-    t = found["training"]
-    return "\n".join(
-        [
-            f"positions {found['positions']} ({found['video_share']:.1%} video); of vanilla's, at keep {found['keep']}:",
-            f"  FLOPs          {found['flops_ratio']['measured']:.3f} (predicted {found['flops_ratio']['predicted']:.3f})",
-            f"  keys, values   {found['kv_ratio']['measured']:.3f} (video alone {found['video_rows_ratio']:.3f})",
-            f"  forward time   {found['forward_ratio']:.3f}",
+    lines = [
+        f"positions {found['positions']} ({found['video_share']:.1%} video); of vanilla's, at keep {found['keep']}:",
+        f"  FLOPs          {found['flops_ratio']['measured']:.3f} (predicted {found['flops_ratio']['predicted']:.3f})",
+        f"  keys, values   {found['kv_ratio']['measured']:.3f} (video alone {found['video_rows_ratio']:.3f})",
+        f"  forward time   {found['forward_ratio']:.3f}",
+    ]
+    if "training" in found:
+        t = found["training"]
+        lines += [
             f"  training step  {t['time_ratio']:.3f} of the time, {t['peak_ratio']:.3f} of the activations' peak, "
-            f"{t['whole_ratio']:.3f} with weights ({t['positions']} positions)",
-            *(f"MISSED {m}" for m in failures(found)),
+            f"{t['whole_ratio']:.3f} with weights ({t['positions']} positions)"
         ]
-    )
+    return "\n".join([*lines, *(f"MISSED {m}" for m in failures(found))])
 
 
 if __name__ == "__main__":
