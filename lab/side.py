@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lab.carriers import TokenMap
@@ -22,7 +22,10 @@ class Side:
             it is indexed by `order`, so that cached keys of dropped rows keep their answer.
     deep    DeepStack additions after layers 0..n-1, dense [world, pos, d_model]
     cache   the run's cache (see `lab.slots.Cache`), None without caching
-    run     the run this side belongs to; mechanisms pass it on and do not look inside
+    run     the run this side belongs to; mechanisms pass it on and use its `notes` and `onlookers`, nothing else
+    absent  [world, pos] True where a row takes no part in the next layer in that world: it leaves no key there, and
+            whoever set this drops its result. For rows that only some worlds run. None: all rows take part
+    mlp_gain  [world, pos, 1] factor of what the next layer's MLP adds to the stream; None: 1
     """
 
     tokens: tuple[TokenMap, ...]
@@ -32,6 +35,8 @@ class Side:
     deep: tuple[Float[Tensor, "world pos d_model"], ...]
     cache: Any
     run: Any
+    absent: Bool[Tensor, "world pos"] | None = None
+    mlp_gain: Float[Tensor, "world pos one"] | None = None
 
     def only(self, index: Int[Tensor, " kept"]) -> Side:
         """The side of the kept rows; `index` ascending, on any device."""
@@ -42,4 +47,6 @@ class Side:
             order=self.order[at],
             rope=self.rope.index_select(-1, index.to(self.rope.device)),
             deep=tuple(d.index_select(1, index.to(d.device)) for d in self.deep),
+            absent=None if self.absent is None else self.absent[:, at],
+            mlp_gain=None if self.mlp_gain is None else self.mlp_gain[:, at],
         )

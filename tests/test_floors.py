@@ -22,7 +22,7 @@ FLOOR = {
     "lab.errors": 0, "lab.result": 0, "lab.recipe": 0, "lab.spans": 0, "lab.yamlfile": 0,
     "lab.axes": 0, "lab.carriers": 0, "lab.side": 0, "lab.slots": 0,
     "lab.video": 1, "lab.video_info": 1, "lab.video_sources": 1, "lab.video_files": 1, "lab.video_container": 1,
-    "lab.pixels": 1, "lab.sizes": 1,
+    "lab.pixels": 1, "lab.sizes": 1, "lab.routing": 1, "lab.quantising": 1,
     "lab.preprocessor": 1, "lab.resample": 1, "lab.prompt": 1, "lab.runs": 1,
     "lab.model": 2,
     "lab.edges": 3, "lab.patch": 3, "lab.generate": 3, "lab.adapters": 3,

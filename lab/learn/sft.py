@@ -81,7 +81,12 @@ def score(hf: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     out = hf.model(
         input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False, **seen
     )
-    logits = hf.lm_head(out.last_hidden_state[:, batch.at]).float()
+    return graded(hf.lm_head(out.last_hidden_state[:, batch.at]), batch)
+
+
+def graded(logits: Float[Tensor, "world target d_vocab"], batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """What `score` says of the logits at the targets, however they were computed."""
+    logits = logits.float()
     each = F.cross_entropy(logits.flatten(0, 1), batch.want.flatten(), reduction="none").view_as(batch.want)
     right = (logits.argmax(-1) == batch.want).float()
     total, numbers = logits.new_zeros(()), {}

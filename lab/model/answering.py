@@ -105,9 +105,9 @@ def target_logits(
     plan = ready.plan + plan_of(mechanisms, model.sizes)
     run = Run(dict(edges or {}), policy=model.pruning.chosen(policy))
     with model.lock.shared():
-        door, _ = model.arrive(ready, plan, run)
+        door, maps = model.arrive(ready, plan, run)
         cache = model.new_cache(plan)
-        first = model.read(*model.prefill(door, run, cache, plan=plan))
+        first = model.read(*model.prefill(door, run, cache, plan=plan, tokens=maps))
         if ids.shape[1] == 1:
             return first
         embedding = model.hf.get_input_embeddings()

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lab.errors import RunError, UsageError
 from lab.model.masks import base_keep, needs_mask
-from lab.model.run import CURRENT, Call, watched
+from lab.model.run import CURRENT, Call, Seen, watched
 
 NEG = float("-inf")
 Kernel = Callable[..., tuple[Tensor, Any]]
@@ -90,6 +90,9 @@ def _attend(
     for sink in call.run.sinks:
         sink(call, query, key, k_order, kw)
     layer = call.parts.index
+    if layer in call.run.onlookers:
+        keep, bias = _allowed(call, query, k_order)
+        call.run.onlookers[layer](Seen(query, key, call.side.order, k_order, keep, bias, kw.get("scaling")))
     edges = call.run.edges.get(layer)
     look = layer in call.run.look or watched(points.hook_attn_scores, points.hook_pattern)
     if look or lab.kernel == "eager":

@@ -71,6 +71,8 @@ def one_layer(model: Decoder, layer: int, resid: Tensor, side: Side) -> tuple[Te
     parts: LayerParts = model.parts[layer]
     run: Run = side.run
     run.entered.add(layer)
+    if side.absent is not None:
+        run.leave_out(layer, side.order, side.absent)
     call = Call(run, parts, model.blocks[layer], side, resid)
     embeddings, text = _rope(model, resid, side)
     token = CURRENT.set(call)

@@ -50,9 +50,9 @@ def generate(
     pad = _pad_id(model, ends)
     ids: list[Tensor] = []
     with model.lock.shared():
-        door, _ = model.arrive(ready, plan, run)
+        door, maps = model.arrive(ready, plan, run)
         cache = model.new_cache(plan)
-        resid, side = model.prefill(door, run, cache, chunk=chunk, plan=plan)
+        resid, side = model.prefill(door, run, cache, chunk=chunk, plan=plan, tokens=maps)
         logits = model.read(resid, side)[:, -1]
     done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     at = door.embeds.shape[1]

@@ -6,6 +6,7 @@ left stands where its `source` token stood and keeps that token's rope position,
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -38,6 +39,22 @@ def lay_out(model: Any, ready: Ready, door: Door, plan: Plan) -> tuple[Door, tup
     if plan.layout is not None:
         return _written_anew(model, ready, after, plan)
     return _shortened(door, tokens, before, after)
+
+
+def pieces(n: int, size: int, tokens: Sequence[TokenMap], *, whole_frames: bool) -> Iterator[tuple[int, int]]:
+    """(start, stop) of pieces of at most `size` positions. Whole frames: no frame of any world is parted, and a piece
+    grows where one frame is longer than `size`."""
+    inside = torch.zeros(n + 1, dtype=torch.bool)  # True where a cut would part a frame
+    for t in tokens if whole_frames else ():
+        inside[1:n] |= (t.frame[1:] >= 0) & (t.frame[1:] == t.frame[:-1])
+    parted: list[bool] = inside.tolist()
+    start = 0
+    while start < n:
+        asked = min(start + size, n)
+        before = (e for e in range(asked, start, -1) if not parted[e])
+        stop = next(before, None) or next(e for e in range(asked, n + 1) if not parted[e])
+        yield start, stop
+        start = stop
 
 
 def _video_rows(tokens: TokenMap) -> Tensor:

@@ -13,7 +13,7 @@ from lab.model.run import Call
 
 def needs_mask(call: Call, n_q: int, k_order: Tensor) -> bool:
     """False where the kernel's own causal mode says the same as the mask would."""
-    if call.run.pad is not None or not call.parts.causal:
+    if call.run.pad is not None or call.parts.index in call.run.absent or not call.parts.causal:
         return True
     if call.parts.window is not None and int(k_order[-1] - k_order[0]) >= call.parts.window:
         return True
@@ -24,10 +24,24 @@ def base_keep(call: Call, k_order: Tensor, device: torch.device) -> Tensor:
     """Bool [world | 1, 1, q, k]: what the model itself lets each query read. Shared by layers of the same kind."""
     held = call.run.masks.get(call.parts.window)
     if held is not None and held[0] is call.side.order and held[1] is k_order:
-        return held[2].to(device)
-    keep = keep_rows(call, call.side.order.to(device), k_order.to(device))
-    call.run.masks[call.parts.window] = (call.side.order, k_order, keep)
-    return keep
+        keep = held[2].to(device)
+    else:
+        keep = keep_rows(call, call.side.order.to(device), k_order.to(device))
+        call.run.masks[call.parts.window] = (call.side.order, k_order, keep)
+    return _without_absent(call, keep, k_order.to(device))
+
+
+def _without_absent(call: Call, keep: Tensor, k: Tensor) -> Tensor:
+    """Keys of rows that took no part in this layer are read by nobody, in the worlds where that is so.
+
+    An absent row may read itself, so that no row is empty: its result is dropped.
+    """
+    absent = call.run.absent.get(call.parts.index)
+    if absent is None:
+        return keep
+    here = absent.to(k.device)[:, k.clamp(max=absent.shape[1] - 1)] & (k < absent.shape[1])
+    itself = call.side.order.to(k.device)[:, None] == k[None, :]
+    return keep & (~here[:, None, None, :] | itself)
 
 
 def keep_rows(call: Call, q: Tensor, k: Tensor) -> Tensor:

@@ -43,6 +43,20 @@ class LayerParts:
     causal: bool
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What one layer's attention gets: query [world, head, q, d_head], key [world, kv_head, k, d_head], after RoPE; the
+    source positions of both; which keys may be read [world | 1, head | 1, q, k]; what is added to scores; their scale."""
+
+    query: Tensor
+    key: Tensor
+    q_order: Tensor
+    k_order: Tensor
+    keep: Tensor
+    bias: Tensor | None
+    scaling: float | None
+
+
 @dataclass
 class Run:
     """One forward pass (or one cached generation): its cuts, what is looked at, what has been reached.
@@ -51,6 +65,9 @@ class Run:
             heads of keys not repeated. For runs whose rows are not one sequence; None: the kernel.
     sinks   called in every softmax layer before its kernel: (call, query, key, k_order, keywords). They look on:
             query [world, head, q, d_head] and key [world, kv_head, k, d_head] as attention sees them
+    absent  layer -> [world, source pos] True where a row left no key in that world (see `Side.absent`)
+    notes   what mechanisms keep for as long as the run lasts, each under a key of its own
+    onlookers  layer -> function that is shown what the layer's attention gets
     """
 
     edges: Mapping[int, Edges] = field(default_factory=dict)
@@ -63,6 +80,19 @@ class Run:
     policy: Any = None  # what the run was called with; becomes edges once the token maps are known
     attend: Callable[..., Tensor] | None = None
     sinks: tuple[Callable[..., None], ...] = ()
+    absent: dict[int, Tensor] = field(default_factory=dict)
+    notes: dict[Any, Any] = field(default_factory=dict)
+    onlookers: dict[int, Callable[[Seen], None]] = field(default_factory=dict)
+
+    def leave_out(self, layer: int, order: Tensor, absent: Tensor) -> None:
+        """Note that the rows at `order` left no key in the layer in the worlds where `absent` [world, pos] says so."""
+        held = self.absent.get(layer)
+        wide = max(int(order.max()) + 1, 0 if held is None else held.shape[1])
+        full = absent.new_zeros(len(absent), wide)
+        if held is not None:
+            full[:, : held.shape[1]] = held
+        full[:, order] = absent
+        self.absent[layer] = full
 
 
 @dataclass
@@ -81,6 +111,11 @@ class Call:
         if module is self.parts.mlp:
             return self.block.hook_mlp_out
         return None
+
+    def gained(self, value: Tensor) -> Tensor:
+        """What the MLP adds, times `Side.mlp_gain`."""
+        gain = self.side.mlp_gain
+        return value if gain is None else value * gain.to(value)
 
 
 class AtDoor(Exception):
@@ -157,7 +192,7 @@ def through(module: nn.Module, args: Any, output: Any) -> Any:
     if point is None:
         return None
     value = output[0] if isinstance(output, tuple) else output
-    new = point(value)
+    new = point(current.gained(value) if isinstance(current, Call) else value)
     return None if new is value else masked_as(output, new)
 
 

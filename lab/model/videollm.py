@@ -38,7 +38,7 @@ from lab.model.hooking import (
     checkpointing,
     hooked,
 )
-from lab.model.layout import lay_out
+from lab.model.layout import lay_out, pieces
 from lab.model.lock import SharedLock
 from lab.model.points import Block, FinalNorm, Points
 from lab.model.preparing import prepare, prepare_inputs
@@ -230,7 +230,7 @@ class VideoLLM(HookedRootModule):
             final = self.ln_final(resid) if plan.heads else resid
             for head in plan.heads:
                 heads |= head(final, side)
-        return Output(logits, heads, side.tokens)
+        return Output(logits, heads, side.tokens if chunk is None else maps)
 
     def arrive(
         self, ready: Ready, plan: Plan | None = None, run: Run | None = None
@@ -270,7 +270,7 @@ class VideoLLM(HookedRootModule):
         if chunk is None:
             cache = None if plan.cache is None else LayerCache(plan.cache(), anatomy.text_config(self.lm))
             return decode(self, door, run, cache=cache, detours=plan.detours, tokens=tokens)
-        return self.prefill(door, run, self.new_cache(plan), chunk=chunk, plan=plan)
+        return self.prefill(door, run, self.new_cache(plan), chunk=chunk, plan=plan, tokens=tokens)
 
     def new_cache(self, plan: Plan | None = None) -> LayerCache:
         """An empty cache: the plan's, or one that keeps every row."""
@@ -278,9 +278,13 @@ class VideoLLM(HookedRootModule):
         return LayerCache(make(), anatomy.text_config(self.lm))
 
     def prefill(
-        self, door: Door, run: Run, cache: LayerCache, *, chunk: int | None = None, plan: Plan | None = None
-    ) -> tuple[Tensor, Side]:
-        """Fill a cache with the prompt, in pieces of `chunk` positions; returns the last piece's stream."""
+        self, door: Door, run: Run, cache: LayerCache, *, chunk: int | None = None, plan: Plan | None = None,
+        tokens: tuple[TokenMap, ...] = (),
+    ) -> tuple[Tensor, Side]:  # fmt: skip
+        """Fill a cache with the prompt, in pieces of `chunk` positions; returns the last piece's stream.
+
+        With detours in the plan, pieces end between frames: a detour may choose among the tokens of a frame.
+        """
         n = door.embeds.shape[1]
         size = n if chunk is None else chunk
         if not isinstance(size, Integral) or size < 1:
@@ -293,9 +297,10 @@ class VideoLLM(HookedRootModule):
             raise RunError("recurrent layers ignore padding in pieces of one position; use chunk=2 or more")
         detours = () if plan is None else plan.detours
         out: tuple[Tensor, Side] | None = None
-        for start in range(0, n, size):
+        for start, stop in pieces(n, int(size), tokens, whole_frames=bool(detours)):
+            some = tokens if stop - start == n else tuple(t.only(torch.arange(start, stop)) for t in tokens)
             out = decode(
-                self, door.rows(start, min(start + size, n)), run, start=start, cache=cache, detours=detours
+                self, door.rows(start, stop), run, start=start, cache=cache, detours=detours, tokens=some
             )
         if out is None:
             raise UsageError("the prompt is empty")

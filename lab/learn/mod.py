@@ -1,0 +1,355 @@
+"""Trains `tiny` with Mixture-of-Depths on (VideoLLM-MoD, arXiv 2408.16730): routers and a low-rank delta of the decoder.
+
+    python -m lab.learn.mod --out runs/mod                    # keep 0.2 on every other layer, learned routers
+    python -m lab.learn.mod --out runs/full --keep 1          # the control: the same budget without routing
+    python -m lab.learn.mod --out runs/random --selector random
+    python -m lab.learn.mod --table runs/mod runs/full runs/random --out runs/table.json
+
+As the paper: routers and LoRA learn together, on the data the base model was trained on, with the mechanism on; top-k is
+hard throughout. OUT/variant holds what makes the variant of `tiny`: delta.safetensors, routers.safetensors, variant.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lab.carriers import TokenMap, VideoQA
+from lab.errors import ConfigError, LabError, UsageError
+from lab.learn import lowrank
+from lab.learn.sft import Batch, Stage, Trainer, graded
+from lab.learn.tiny_data import Batches, Prompts
+from lab.mechanisms.mixture_of_depths import MixtureOfDepths
+from lab.model.ready import Ready
+from lab.model.run import Run
+from lab.model.videollm import VideoLLM
+from lab.model.zoo import load, weights_hash
+from lab.routing import Routers
+from lab.sim.tasks import TASKS, draw_items
+from lab.slots import Plan, plan_of
+
+Lessons = Callable[[int], Batch | list[Batch]]
+
+
+# ---- the model that learns ------------------------------------------------------------------------------------------
+
+
+class Learner(nn.Module):
+    """What the trainer trains: deltas and routers. The model itself is held aside and stays frozen."""
+
+    def __init__(self, model: VideoLLM, mechanism: MixtureOfDepths, added: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.held = (model,)  # a tuple, so that its weights are not among those that learn
+        self.mechanism = mechanism
+        self.routers = mechanism.routers
+        self.added = nn.ModuleDict({name.replace(".", "/"): m for name, m in added.items()})
+
+    @property
+    def model(self) -> VideoLLM:
+        return self.held[0]
+
+
+def learn_score(learner: Learner, batch: Batch, *, aux: float = 0.0) -> tuple[Tensor, dict[str, float]]:
+    """`lab.learn.sft.score` through the lab's own decoder, with the mechanism on. aux: weight of gamma-MoD's auxiliary loss."""
+    model = learner.model
+    plan = plan_of([learner.mechanism], model.sizes)
+    ready = _ready(model, batch)
+    with model.lock.shared():
+        door = replace(model.see(ready), rope=batch.positions.to(model.device), pad=None)
+        run = Run(dict.fromkeys(range(model.cfg.n_layers), partial(_block_mask, batch.mask[0, 0])))
+        resid, side = model.stream(door, run, plan=plan, tokens=ready.maps)
+        logits = model.unembed(model.ln_final(resid[:, batch.at]))
+    loss, numbers = graded(logits, batch)
+    return loss + aux * _auxiliary(plan, resid, side) if aux else loss, numbers
+
+
+def _ready(model: VideoLLM, batch: Batch) -> Ready:
+    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids)}
+    if batch.pixels is not None:
+        return model.prepare_inputs(**inputs, pixel_values_videos=batch.pixels)
+    return Ready(inputs, tuple(_text_map(ids) for ids in batch.ids))
+
+
+def _text_map(ids: Tensor) -> TokenMap:
+    """The map of a prompt of text alone."""
+    from lab.spans import KINDS, ROLES
+
+    n, none, nan = len(ids), torch.full_like(ids, -1), torch.full((len(ids),), torch.nan)
+    role, kind = torch.full_like(ids, ROLES.index("text")), torch.full_like(ids, KINDS.index("text"))
+    return TokenMap(
+        ids, ("",) * n, role, kind, none, none, none, none, nan, torch.ones(n), torch.arange(n), none
+    )
+
+
+def _block_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Who may see whom in a packed world, as edges of a layer."""
+    return mask.to(q.device)[q[:, None], k[None, :]]
+
+
+def _auxiliary(plan: Plan, resid: Tensor, side: Any) -> Tensor:
+    found = [head(resid, side).get("mod.aux") for head in plan.heads]
+    return sum((f for f in found if f is not None), resid.new_zeros(()))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def lessons(prompts: Prompts, seed: int) -> Lessons:
+    """The last stage of tiny's own recipe: everything a user may vary."""
+    from lab.learn.tiny import stages
+
+    drawn: list[Any] = [Batches(prompts, seed)]
+    if find_spec("lab.learn.tiny_tasks") is not None:  # the recipe of five tasks has batches of its own
+        drawn.append(import_module("lab.learn.tiny_tasks").TaskBatches(prompts, seed))
+    recipe: Any = stages
+    return recipe(*drawn)[-1].batch
+
+
+def train(
+    model: VideoLLM, mechanism: MixtureOfDepths, drawn: Lessons, out: str | Path, *, steps: int, peak: float = 1e-3,
+    rank: int = 16, seed: int = 0, aux: float = 0.0, check: Callable[[Any], dict[str, Any]] = lambda learner: {},
+    check_every: int = 200, resume: bool = False,
+) -> Variant:  # fmt: skip
+    """Train routers and a delta of the decoder with the mechanism on; the model is afterwards as it was.
+
+    drawn   step number -> the batches of that step      out   folder for journal, checkpoints and OUT/variant
+    check   what to measure on the way, of the `Learner`
+    Raises UsageError for steps below 1.
+    """
+    if steps < 1:
+        raise UsageError(f"steps must be at least 1, got {steps}")
+    routers = mechanism.routers
+    if routers is None and mechanism.needs_routers:
+        routers = mechanism.fresh_routers(model.sizes, start="zero" if mechanism.gate != "raw" else "random")
+    stage = Stage("mod", drawn, ("none", 2.0), steps, peak=peak, decay=True)
+    with lowrank.learning(model.lm, rank, seed=seed) as added, torch.enable_grad():
+        learner = Learner(model, replace(mechanism, routers=routers), added)
+        trainer = Trainer(
+            learner, [stage], out, check=check, loss=partial(learn_score, aux=aux), check_every=check_every
+        )
+        if resume:
+            trainer.resume()
+        trainer.run()
+        delta = lowrank.taken(added)
+    about = {
+        "steps": trainer.progress.step,
+        "seconds": round(trainer.progress.seconds),
+        "rank": rank,
+        "peak": peak,
+        "seed": seed,
+    }
+    return Variant(learner.mechanism, delta, about)
+
+
+# ---- variants: what was learned, saved and put on a model -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A base model's delta, the mechanism (with its routers) it was trained with, and how."""
+
+    mechanism: MixtureOfDepths
+    delta: lowrank.Delta
+    about: dict[str, Any]
+
+    def save(self, folder: str | Path, *, base: str) -> Path:
+        """Write delta.safetensors, routers.safetensors (if there are any) and variant.json."""
+        out = Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        lowrank.save(self.delta, out / "delta.safetensors", base=base)
+        if self.mechanism.routers is not None:
+            self.mechanism.routers.save(out / "routers.safetensors")
+        said = {
+            "base": base, "weights": weights_hash(base), "mechanism": plain(self.mechanism), **self.about,
+            "delta": _sha(out / "delta.safetensors"),
+        }  # fmt: skip
+        (out / "variant.json").write_text(json.dumps(said, indent=2) + "\n")
+        return out
+
+    @staticmethod
+    def load(folder: str | Path) -> Variant:
+        """Read what `save` wrote. Raises ConfigError if something is missing or belongs to another base model."""
+        folder = Path(folder)
+        try:
+            said = json.loads((folder / "variant.json").read_text())
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"{folder} holds no variant: {e}") from None
+        delta, _ = lowrank.load(folder / "delta.safetensors")
+        path = folder / "routers.safetensors"
+        routers = Routers.load(path) if path.exists() else None
+        found = weights_hash(said["base"])
+        if found != said["weights"]:
+            raise ConfigError(
+                f"{folder} was trained on weights {said['weights']} of {said['base']!r}, which now has {found}; train it again"
+            )
+        mechanism = replace(_mechanism(said["mechanism"]), routers=routers)
+        return Variant(mechanism, delta, {k: v for k, v in said.items() if k != "mechanism"})
+
+    @contextmanager
+    def on(self, model: VideoLLM) -> Iterator[MixtureOfDepths]:
+        """The model with the delta, inside; yields the mechanism to switch on: `model(ready, mechanisms=[m])`."""
+        with lowrank.applied(model.lm, self.delta):
+            yield self.mechanism
+
+
+def load_variant(folder: str | Path, **how: Any) -> tuple[VideoLLM, MixtureOfDepths]:
+    """The variant's base model with the delta put on for good, and the mechanism. how: as for `lab.load`."""
+    variant = Variant.load(folder)
+    model = load(variant.about["base"], **how)
+    lowrank.put(model.lm, variant.delta)
+    return model, variant.mechanism
+
+
+def plain(mechanism: MixtureOfDepths) -> dict[str, Any]:
+    """The fields that json can hold (routers lie in a file of their own). Raises UsageError for `ShiftedCosine` and scores."""
+    kept = {
+        f.name: getattr(mechanism, f.name) for f in fields(mechanism) if f.name not in ("routers", "scores")
+    }
+    try:
+        json.dumps(kept)
+    except TypeError:
+        raise UsageError("only keep ratios that are numbers can be written; give keep as a tuple") from None
+    return kept
+
+
+def _mechanism(said: dict[str, Any]) -> MixtureOfDepths:
+    as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+    return MixtureOfDepths(**as_tuples)
+
+
+def _sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def accuracy(model: VideoLLM, items: Sequence[VideoQA], mechanisms: Sequence[Any] = ()) -> float:
+    """Share of items whose most likely option letter is the right one. Raises UsageError if there are none."""
+    if not items:
+        raise UsageError("no items to measure on")
+    return sum(bool(model.answer(item, mechanisms=mechanisms).correct) for item in items) / len(items)
+
+
+def report(
+    model: VideoLLM, mechanisms: Sequence[Any], tasks: Sequence[str], *, n: int, seed: int
+) -> dict[str, float]:
+    """Accuracy by task on `n` items each that training never draws."""
+    return {task: round(accuracy(model, draw_items(task, n, seed), mechanisms), 4) for task in tasks}
+
+
+def table(
+    folders: Sequence[str | Path], tasks: Sequence[str], *, n: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """Accuracy by task of the base model, of it with each variant's mechanism merely switched on (no training), of each
+    variant, and of each variant with random and uniform choices at the same keep ratio."""
+    variants = {
+        Path(f).name: Variant.load(Path(f) / "variant" if (Path(f) / "variant").exists() else f)
+        for f in folders
+    }
+    model = load(next(iter(variants.values())).about["base"], device="cpu")
+    measure = partial(report, model, tasks=tasks, n=n, seed=seed)
+    rows = {"base": measure([])}
+    for name, variant in variants.items():
+        m = variant.mechanism
+        rows[f"{name}, not trained"] = measure([replace(m, routers=None)])
+        with variant.on(model):
+            rows[name] = measure([m])
+            for selector in ("random", "uniform"):
+                if m.selector == "learned":
+                    rows[f"{name}, {selector} choice"] = measure([replace(m, selector=selector)])
+    return rows
+
+
+# ---- command line -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train and save, or make the table of trained variants; 0, or the exit code of what went wrong."""
+    args = _arguments(argv)
+    torch.set_num_threads(1)
+    try:
+        (_make_table if args.table else _train)(args)
+    except LabError as e:
+        print(f"{type(e).__name__}: {e}")
+        return e.exit_code
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.learn.mod", description="Train tiny with Mixture-of-Depths on."
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for journal, checkpoints and the variant"
+    )
+    parser.add_argument("--base", default="tiny", help="model to start from (default tiny)")
+    parser.add_argument("--keep", type=float, default=0.2, help="share of video tokens kept (default 0.2)")
+    parser.add_argument("--layers", default="interleaved", choices=("interleaved", "all"))
+    parser.add_argument("--first", type=int, default=0, help="no layer before this one (0-based) is routed")
+    parser.add_argument("--selector", default="learned", choices=("learned", "random", "uniform", "norm"))
+    parser.add_argument("--gate", default="tanh1", choices=("raw", "tanh1", "softmax", "none"))
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--peak", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the delta")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    parser.add_argument("--check", type=int, default=32, help="held-out items per task on the way")
+    parser.add_argument("--items", type=int, default=200, help="held-out items per task at the end")
+    parser.add_argument("--tasks", nargs="+", default=["moving_direction"], choices=sorted(TASKS))
+    parser.add_argument(
+        "--table", nargs="+", type=Path, help="trained folders to compare; --out is a json file then"
+    )
+    return parser.parse_args(argv)
+
+
+def _train(args: argparse.Namespace) -> None:
+    model = load(args.base, device="cpu")
+    mechanism = MixtureOfDepths(
+        keep=args.keep, layers=args.layers, first=args.first, seed=args.seed,
+        selector=args.selector if args.keep < 1 else "uniform", gate=args.gate if args.keep < 1 else "none",
+    )  # fmt: skip
+    held = {task: draw_items(task, args.check, 10_000 + args.seed) for task in args.tasks}
+
+    def check(learner: Learner) -> dict[str, Any]:
+        with torch.no_grad():
+            return {t: round(accuracy(model, i, [_frozen(learner)]), 4) for t, i in held.items()}
+
+    variant = train(
+        model, mechanism, lessons(Prompts(model.need_tokenizer()), args.seed), args.out, steps=args.steps, peak=args.peak,
+        rank=args.rank, seed=args.seed, check=check, resume=args.resume,
+    )  # fmt: skip
+    with variant.on(model) as m:
+        found = report(model, [m], args.tasks, n=args.items, seed=777)
+    variant = replace(variant, about={**variant.about, "held_out": found, "items": args.items})
+    folder = variant.save(args.out / "variant", base=args.base)
+    print(f"{folder}: {json.dumps(found)}")
+
+
+def _frozen(learner: Learner) -> MixtureOfDepths:
+    """The mechanism as it is used: no noise."""
+    return replace(learner.mechanism, train_noise=0.0)
+
+
+def _make_table(args: argparse.Namespace) -> None:
+    rows = table(args.table, args.tasks, n=args.items, seed=777)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({"items": args.items, "rows": rows}, indent=1) + "\n")
+    for name, row in rows.items():
+        print(f"{name:32}" + "  ".join(f"{task} {value:.3f}" for task, value in row.items()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
