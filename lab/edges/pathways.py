@@ -1,7 +1,8 @@
 """Pathways: which attention edges a knock-out removes, as a dense boolean mask over one prompt.
 
 A pathway is written `keys->queries`, in the direction information flows: "video->question" cuts every edge by which a
-question position reads a video position. "cross-frame" cuts, for each frame, the edges to all earlier frames.
+question position reads a video position. "cross-frame" cuts, for each frame, the edges to all earlier frames, and those to and from tokens that a mechanism made
+of the whole video (they would carry every frame to all others).
 Segments: any role or group of `lab.spans`; with a number ("frame:3", "option:1"); "true-option", "false-options";
 "all"; and unions with "+" ("question+option").
 """
@@ -55,8 +56,12 @@ def cut_mask(tokens: TokenMap, pathway: str, item: VideoQA | None = None) -> Boo
 
 
 def _cross_frame(tokens: TokenMap) -> Bool[Tensor, "q k"]:
-    frames = tokens.frame.masked_fill(tokens.role != ROLES.index("frame"), -1)
+    video = tokens.role == ROLES.index("frame")
+    frames = tokens.frame.masked_fill(~video, -1)
     if tokens.n_frames < 2:
         raise UsageError(f"{CROSS_FRAME} needs at least 2 frames, this prompt has {tokens.n_frames}")
     both = (frames[:, None] >= 0) & (frames[None, :] >= 0)
-    return both & (frames[:, None] > frames[None, :])
+    every = video & (frames < 0)
+    of_all = (every[:, None] & video[None, :]) | (video[:, None] & every[None, :])
+    of_all &= ~torch.eye(len(tokens), dtype=torch.bool)  # a token may always read itself
+    return (both & (frames[:, None] > frames[None, :])) | of_all

@@ -151,6 +151,13 @@ def map_of(ready: Ready) -> TokenMap:
     return ready.tokens
 
 
+def decoder_map(model: Any, ready: Ready) -> TokenMap:
+    """The token map of the one world as the decoder sees it: after the stages of the mechanisms it was prepared with."""
+    tokens, plan = map_of(ready), ready.plan
+    staged = plan.encoder is not None or plan.stages or plan.layout is not None
+    return model.maps(ready)[0] if staged else tokens
+
+
 def run_sweep(
     model: Any, items: Sequence[VideoQA | None], ready: Sequence[Ready], what: Sweep, *, recipe: Recipe | None = None,
     journal: Recipe | None = None, out: Any = None, cancel: Cancel | None = None, show: bool = True,
@@ -280,7 +287,7 @@ class _Case:
     """One item being cut: its engine, what is measured, and its clean probability."""
 
     key: str
-    ready: Ready
+    tokens: TokenMap
     item: VideoQA | None
     engine: Engine
     token: int
@@ -343,7 +350,7 @@ def _minus(a: Ledger, b: Ledger) -> Ledger:
 def _case(model: Any, key: str, ready: Ready, item: VideoQA | None, what: Sweep) -> _Case:
     engine: Engine = (_Fast if what.executor == "fast" else _Reference)(model, ready, what)
     token = int(engine.clean.argmax()) if what.metric == "argmax" else _answer_token(model, item)
-    case = _Case(key, ready, item, engine, token, 0.0)
+    case = _Case(key, decoder_map(model, ready), item, engine, token, 0.0)
     case.clean = case.p(engine.clean)
     return case
 
@@ -352,7 +359,7 @@ def _curves(model: Any, case: _Case, pathways: Sequence[str], what: Sweep) -> li
     n = model.cfg.n_layers
     cuts: list[Cuts] = []
     for pathway in pathways:
-        cut = cut_mask(map_of(case.ready), pathway, case.item)
+        cut = cut_mask(case.tokens, pathway, case.item)
         for centre in range(n):
             cuts.append({i: cut for i in what.layers(centre, n) if model.parts[i].attn is not None})
     p = [case.p(logits) for logits in case.engine.logits(cuts)]
@@ -363,8 +370,9 @@ def _curves(model: Any, case: _Case, pathways: Sequence[str], what: Sweep) -> li
 
 
 def _check(model: Any, ready: Ready, item: VideoQA | None, what: Sweep) -> None:
+    tokens = decoder_map(model, ready)
     for pathway in what.pathways:
-        cut_mask(map_of(ready), pathway, item)
+        cut_mask(tokens, pathway, item)
     if what.metric == "answer":
         _answer_token(model, item)
 
