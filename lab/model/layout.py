@@ -34,7 +34,7 @@ def lay_out(model: Any, ready: Ready, door: Door, plan: Plan) -> tuple[Door, tup
             "tensors; use model.prepare(item)"
         )
     tokens = ready.maps[0]
-    before = _vision(ready, door, tokens)
+    before = vision_of(ready, door)
     after = _through_stages(plan, ready.frames, before, ready.item.question)
     if plan.layout is not None:
         return _written_anew(model, ready, before, after, plan)
@@ -45,8 +45,9 @@ def _video_rows(tokens: TokenMap) -> Tensor:
     return tokens.where(kind="video")
 
 
-def _vision(ready: Ready, door: Door, tokens: TokenMap) -> VisionTokens:
-    rows = _video_rows(tokens).to(door.embeds.device)
+def vision_of(ready: Ready, door: Door) -> VisionTokens:
+    """The video tokens of the one world at the door, as the first stage gets them."""
+    rows = _video_rows(ready.maps[0]).to(door.embeds.device)
     rope = door.rope[:, 0, rows] if door.rope.ndim == 3 else door.rope[:1, rows]
     return VisionTokens(door.embeds[0, rows], ready.grids[0], tuple(d[0, rows] for d in door.deep), rope)
 
