@@ -316,9 +316,10 @@ class TokenMap:
             raise UsageError(f"{len(values)} values for {len(self)} positions; give one each")
         video = (self.kind == KINDS.index("video")) & ((self.source >= 0) | (self.frame >= 0))
         shares = self._shares(video, len(grid))
-        known = torch.as_tensor(values)[video].double()
-        total = shares.sum(0)
-        flat = torch.where(total > 0, known @ shares / total, torch.nan).float()
+        known = torch.as_tensor(values).cpu()[video].double()
+        total, unknown = shares.sum(0), known.isnan().double() @ shares > 0
+        mean = known.nan_to_num() @ shares / total
+        flat = torch.where((total > 0) & ~unknown, mean, torch.nan).float()
         on = (grid.frame >= 0) & (grid.row >= 0) & (grid.col >= 0)
         if not bool(on.any()):
             raise UsageError("nobody knows where this grid's tokens lie in their frames: rows and columns are -1")
