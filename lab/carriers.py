@@ -304,7 +304,9 @@ class TokenMap:
         """The map of the kept positions; `index` ascending."""
         pieces = tuple(self.pieces[i] for i in index.tolist())
         columns = {name: getattr(self, name)[index] for name in self._per_position() if name != "pieces"}
-        return replace(self, pieces=pieces, parts=None if self.parts is None else self.parts[index], **columns)
+        return replace(
+            self, pieces=pieces, parts=None if self.parts is None else self.parts[index], **columns
+        )
 
     def painted(self, values: Float[Tensor, " pos"], grid: VideoGrid) -> Float[Tensor, "frame row col"]:
         """Values of the positions, painted back on the places of the original `grid`; nan where nothing is left.
@@ -322,7 +324,9 @@ class TokenMap:
         flat = torch.where((total > 0) & ~unknown, mean, torch.nan).float()
         on = (grid.frame >= 0) & (grid.row >= 0) & (grid.col >= 0)
         if not bool(on.any()):
-            raise UsageError("nobody knows where this grid's tokens lie in their frames: rows and columns are -1")
+            raise UsageError(
+                "nobody knows where this grid's tokens lie in their frames: rows and columns are -1"
+            )
         out = torch.full([int(c[on].max()) + 1 for c in (grid.frame, grid.row, grid.col)], torch.nan)
         out[grid.frame[on], grid.row[on], grid.col[on]] = flat[grid.source[on]]
         return out
@@ -335,7 +339,9 @@ class TokenMap:
             made = torch.zeros(int(video.sum()), max(n, self.parts.shape[1]), dtype=torch.double)
             made[:, : self.parts.shape[1]] = self.parts[video]
         if made.shape[1] > n or bool((self.source[video] >= n).any()):
-            raise UsageError(f"the map's tokens come from more than the grid's {n}; give the grid of the same prompt")
+            raise UsageError(
+                f"the map's tokens come from more than the grid's {n}; give the grid of the same prompt"
+            )
         return made
 
     def generated(self, ids: Sequence[int], pieces: Sequence[str] | None = None) -> TokenMap:
@@ -349,7 +355,11 @@ class TokenMap:
             **dict.fromkeys(("frame", "row", "col", "option", "source"), minus),
         }  # fmt: skip
         joined = {name: torch.cat([getattr(self, name), column]) for name, column in new.items()}
-        parts = None if self.parts is None else torch.cat([self.parts, self.parts.new_zeros(n, self.parts.shape[1])])
+        parts = (
+            None
+            if self.parts is None
+            else torch.cat([self.parts, self.parts.new_zeros(n, self.parts.shape[1])])
+        )
         return replace(self, pieces=self.pieces + tuple(pieces or [""] * n), parts=parts, **joined)
 
     @classmethod

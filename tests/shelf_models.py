@@ -17,7 +17,10 @@ FRAMES, SIDE = 8, 4
 def model(layers: int = 8, seed: int = 0) -> Any:
     """Random, fp32, eval: patches of 4 x 4 pixels, 8 x 8 of them pooled to 4 x 4 tokens a frame."""
     hf = families.build(
-        "llava_onevision", seed=seed, text_config={"num_hidden_layers": layers}, vision_config={"image_size": 32}
+        "llava_onevision",
+        seed=seed,
+        text_config={"num_hidden_layers": layers},
+        vision_config={"image_size": 32},
     )
     hf.requires_grad_(False)
     pre = Preprocessor(size={"height": 32, "width": 32}, resample="bilinear")

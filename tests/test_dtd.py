@@ -7,7 +7,13 @@ import torch
 
 from lab.carriers import Frames
 from lab.errors import RunError, UsageError
-from lab.mechanisms.differential_token_drop import EXAMPLE, NEUTRAL, DifferentialTokenDrop, Drop, scene_changes
+from lab.mechanisms.differential_token_drop import (
+    EXAMPLE,
+    NEUTRAL,
+    DifferentialTokenDrop,
+    Drop,
+    scene_changes,
+)
 from lab.spans import ROLES
 from tests import families
 from tests.shelf_models import blank, clip, model, question, vision
@@ -44,7 +50,9 @@ def keep(config, x, frames=None):
 def test_d1_neutral_is_vanilla_bit_for_bit(small):
     ready = small.prepare(question())
     with torch.no_grad():
-        assert torch.equal(small.run(ready, read="all", mechanisms=[NEUTRAL]).logits, small(ready, read="all"))
+        assert torch.equal(
+            small.run(ready, read="all", mechanisms=[NEUTRAL]).logits, small(ready, read="all")
+        )
     assert NEUTRAL.plan(small.sizes).stages == ()
 
 
@@ -114,7 +122,12 @@ def streamed(config, x, sizes):
 @pytest.mark.parametrize("sizes", [[1] * 6, [2, 3, 1]])
 @pytest.mark.parametrize(
     "config",
-    [DTD(threshold=0.5), DTD(threshold=0.5, reference="kept"), DTD(ratio=0.5, scope="frame"), DTD(threshold=0.5, every=2)],
+    [
+        DTD(threshold=0.5),
+        DTD(threshold=0.5, reference="kept"),
+        DTD(ratio=0.5, scope="frame"),
+        DTD(threshold=0.5, every=2),
+    ],
     ids=["previous", "kept", "share of a frame", "every second frame whole"],
 )
 def test_d6_a_stream_decides_as_offline(config, sizes):
@@ -159,10 +172,14 @@ def test_d7_d8_positions_and_the_masked_twin(name, wrapped_text):
     mech = DTD(ratio=0.5)
     points = [f"blocks.{i}.hook_resid_post" for i in range(m.cfg.n_layers)]
     with torch.no_grad():
-        out, cache = m.run_with_cache(ready, names_filter=[*points, "blocks.0.attn.hook_rot_q"], mechanisms=[mech])
+        out, cache = m.run_with_cache(
+            ready, names_filter=[*points, "blocks.0.attn.hook_rot_q"], mechanisms=[mech]
+        )
         tokens = m.maps(ready, mechanisms=[mech])[0]
         gone = torch.tensor(sorted(set(range(ready.n_pos)) - set(tokens.order.tolist())))
-        hide = dict.fromkeys(range(m.cfg.n_layers), lambda q, k: ~torch.isin(k, gone)[None].expand(len(q), -1))
+        hide = dict.fromkeys(
+            range(m.cfg.n_layers), lambda q, k: ~torch.isin(k, gone)[None].expand(len(q), -1)
+        )
         logits, twin = m.run_with_cache(ready, names_filter=[*points, "blocks.0.attn.hook_rot_q"], edges=hide)
         original, plan = m.arrive(ready)[0], mech.plan(m.sizes)
         door = m.arrive(ready, plan)[0]
@@ -215,7 +232,11 @@ def test_d7_generated_tokens_stand_where_they_would_have_stood(small):
         from lab.model.run import Run
 
         rows = torch.cat([kept, ready.n_pos + torch.arange(3)])
-        whole = Door(torch.cat([door.embeds, more.embeds], 1)[:, rows], torch.cat([door.rope, more.rope], -1)[:, rows], None)
+        whole = Door(
+            torch.cat([door.embeds, more.embeds], 1)[:, rows],
+            torch.cat([door.rope, more.rope], -1)[:, rows],
+            None,
+        )
         logits = small.read(*decode(small, whole, Run()), "all")
     assert logits[0, n - 1 :].argmax(-1).tolist() == ids[0].tolist()
 
@@ -250,13 +271,17 @@ def test_d10_a_slow_drift_is_never_seen_unless_the_reference_is_what_was_kept():
     assert keep(DTD(threshold=0.5), x).any(1).tolist() == [True] + [False] * 9
     again = math.ceil(60 / degrees)
     assert again == 3
-    assert keep(DTD(threshold=0.5, reference="kept"), x).any(1).nonzero().squeeze(1).tolist() == list(range(0, 10, again))
+    assert keep(DTD(threshold=0.5, reference="kept"), x).any(1).nonzero().squeeze(1).tolist() == list(
+        range(0, 10, again)
+    )
 
 
 def test_d11_text_is_never_dropped_and_keeps_its_roles(small):
     ready = small.prepare(question())
     tokens = small.maps(ready, mechanisms=[DTD(ratio=1.0)])[0]
-    text = [(p, r) for p, r in zip(ready.tokens.order.tolist(), ready.tokens.roles(), strict=True) if r != "frame"]
+    text = [
+        (p, r) for p, r in zip(ready.tokens.order.tolist(), ready.tokens.roles(), strict=True) if r != "frame"
+    ]
     left = [(p, r) for p, r in zip(tokens.order.tolist(), tokens.roles(), strict=True) if r != "frame"]
     assert left == text and tokens.n_frames == 1
     assert torch.equal(tokens.ids, ready.tokens.ids[tokens.order])
@@ -334,4 +359,7 @@ def test_the_example_drops_something_and_roles_stay(small):
     ready = small.prepare(question())
     tokens = small.maps(ready, mechanisms=[EXAMPLE])[0]
     assert len(tokens) < ready.n_pos and tokens.roles()[-1] == "last"
-    assert set(tokens.role.tolist()) == set(ready.tokens.role.tolist()) and ROLES.index("frame") in tokens.role.tolist()
+    assert (
+        set(tokens.role.tolist()) == set(ready.tokens.role.tolist())
+        and ROLES.index("frame") in tokens.role.tolist()
+    )

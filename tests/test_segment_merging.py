@@ -5,7 +5,12 @@ import torch
 
 from lab.errors import RunError, UsageError
 from lab.mechanisms.segment_merging import (
-    EXAMPLE, NEUTRAL, RELEASED_STEPS, SegmentMerging, merge, steps_to,
+    EXAMPLE,
+    NEUTRAL,
+    RELEASED_STEPS,
+    SegmentMerging,
+    merge,
+    steps_to,
 )  # fmt: skip
 from lab.model.layout import vision_of
 from tests import families
@@ -50,7 +55,9 @@ def test_a2_sizes_and_means(keep):
     for half, rows in ((x[:4], first), (x[4:], ~first)):
         size = out.grid.weight[rows]
         assert float(size.sum()) == 64
-        assert torch.allclose((out.x[rows] * size[:, None]).sum(0) / 64, half.flatten(0, 1).mean(0), atol=1e-5)
+        assert torch.allclose(
+            (out.x[rows] * size[:, None]).sum(0) / 64, half.flatten(0, 1).mean(0), atol=1e-5
+        )
 
 
 def test_a3_a_change_stays_in_its_segment():
@@ -79,7 +86,9 @@ def test_a4_provenance_is_exact(weighting, compat):
 
 def test_a5_equal_tokens_and_permuted_segments():
     same = features()[:1, :1].expand(8, 16, 32).contiguous()
-    assert torch.allclose(run(SegmentMerging(n_segments=2, keep=5, n_global=0), same).x, same[0, :1].expand(10, 32), atol=1e-6)
+    assert torch.allclose(
+        run(SegmentMerging(n_segments=2, keep=5, n_global=0), same).x, same[0, :1].expand(10, 32), atol=1e-6
+    )
     x, config = features(), SegmentMerging(n_segments=2, keep=8, n_global=0)
     swapped = torch.cat([x[4:], x[:4]])
     one, two = run(config, x).x, run(config, swapped).x
@@ -192,7 +201,12 @@ def test_merged_deepstack_features_are_means_too(wrapped_text):
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
-    [({"keep": 0}, "from 1"), ({"n_segments": 0}, "from 1"), ({"place": "middle"}, "first, last, each"), ({"n_global": True}, "whole")],
+    [
+        ({"keep": 0}, "from 1"),
+        ({"n_segments": 0}, "from 1"),
+        ({"place": "middle"}, "first, last, each"),
+        ({"n_global": True}, "whole"),
+    ],
 )
 def test_wrong_settings_are_named(wrong, says):
     with pytest.raises(UsageError, match=says):

@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from lab.carriers import Frames
 from lab.errors import RunError, UsageError
 from lab.mechanisms.thumbnail_and_sampling import (
-    NEUTRAL, ThumbnailAndSampling, WithThumbnail, of_tile, picks, thumbnail, tiles,
+    NEUTRAL,
+    ThumbnailAndSampling,
+    WithThumbnail,
+    of_tile,
+    picks,
+    thumbnail,
+    tiles,
 )  # fmt: skip
 from lab.model.layout import vision_of
 from tests import families
@@ -76,7 +82,9 @@ def test_a4_sampling_commutes_with_a_projection(small):
         vision = vision_of(ready, small.see(ready))
         w = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
         stage, other = TS(0, 40), type(vision)(vision.x @ w, vision.grid)
-        assert torch.allclose(stage(ready.frames, vision, "").x @ w, stage(ready.frames, other, "").x, atol=1e-6)
+        assert torch.allclose(
+            stage(ready.frames, vision, "").x @ w, stage(ready.frames, other, "").x, atol=1e-6
+        )
 
 
 def test_a5_a_constant_video_gives_equal_tokens_at_equal_places(small):
@@ -130,7 +138,9 @@ def test_neutral_is_vanilla_bit_for_bit(small):
 
 def test_thumbnail_first(small):
     ready = small.prepare(question())
-    first, last = (small.run(ready, mechanisms=[TS(4, 32, order=o)]) for o in ("thumbnail-first", "sampled-first"))
+    first, last = (
+        small.run(ready, mechanisms=[TS(4, 32, order=o)]) for o in ("thumbnail-first", "sampled-first")
+    )
     a, b = first.maps[0], last.maps[0]
     assert a.frame[a.where(role="frame")][:16].tolist() == [8] * 16
     assert b.frame[b.where(role="frame")][-16:].tolist() == [8] * 16
@@ -168,12 +178,19 @@ def test_every_family_or_refused(name, wrapped_text):
                 m.run(ready, mechanisms=[TS(4, 8)])
             continue
         tokens = m.run(ready, mechanisms=[TS(4, 8)]).maps[0]
-        assert len(tokens.where(role="frame")) == 8 + len(tokens.where(role="frame", frame=frames // (1 + tubelets)))
+        assert len(tokens.where(role="frame")) == 8 + len(
+            tokens.where(role="frame", frame=frames // (1 + tubelets))
+        )
 
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
-    [({"n_samples": 0}, "from 1"), ({"n_thumbnail": -1}, "from 0"), ({"order": "T"}, "sampled-first"), ({"phase": 0.5}, "whole")],
+    [
+        ({"n_samples": 0}, "from 1"),
+        ({"n_thumbnail": -1}, "from 0"),
+        ({"order": "T"}, "sampled-first"),
+        ({"phase": 0.5}, "whole"),
+    ],
 )
 def test_wrong_settings_are_named(wrong, says):
     with pytest.raises(UsageError, match=says):

@@ -1,8 +1,8 @@
 """The shelf of mechanisms: one paper, one file. Every file that has NEUTRAL and EXAMPLE is on it; nothing is registered.
 
-    shelf()                            names of the files
-    load("differential_token_drop")    the module, imported when it is asked for
-    plain(m), of_plain(data)           a mechanism as the plain data of a recipe, and back
+shelf()                            names of the files
+load("differential_token_drop")    the module, imported when it is asked for
+plain(m), of_plain(data)           a mechanism as the plain data of a recipe, and back
 """
 
 from __future__ import annotations
@@ -60,8 +60,13 @@ def plain(mechanism: Any) -> dict[str, Any]:
     if package != __name__ or not is_dataclass(mechanism):
         raise UsageError(f"{kind.__module__}.{kind.__qualname__} is no mechanism of {__name__}")
     set_fields = {f.name: getattr(mechanism, f.name) for f in fields(mechanism) if f.init}
-    changed = {f.name: set_fields[f.name] for f in fields(mechanism) if f.init and set_fields[f.name] != f.default}
-    return {KEY: f"{file}.{kind.__name__}", **{k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}}
+    changed = {
+        f.name: set_fields[f.name] for f in fields(mechanism) if f.init and set_fields[f.name] != f.default
+    }
+    return {
+        KEY: f"{file}.{kind.__name__}",
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()},
+    }
 
 
 def of_plain(data: Mapping[str, Any]) -> Any:

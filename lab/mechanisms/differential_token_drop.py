@@ -68,7 +68,9 @@ class DifferentialTokenDrop:
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"{name}={getattr(self, name)!r}; use one of {', '.join(get_args(kind))}")
         if self.threshold is not None and self.ratio is not None:
-            raise UsageError(f"threshold={self.threshold} and ratio={self.ratio} both say what to drop; give one")
+            raise UsageError(
+                f"threshold={self.threshold} and ratio={self.ratio} both say what to drop; give one"
+            )
         low = -1.0 if self.space == "feature" else 0.0
         _check_number("threshold", self.threshold, low, 1.0)
         _check_number("ratio", self.ratio, 0.0, 1.0)
@@ -77,7 +79,9 @@ class DifferentialTokenDrop:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise UsageError(f"{name} must be a whole number from 0, got {value!r}")
         if self.ratio is not None and self.scope == "video" and self.reference == "kept":
-            raise UsageError("what was kept depends on the ratio reached so far: use scope='frame' with reference='kept'")
+            raise UsageError(
+                "what was kept depends on the ratio reached so far: use scope='frame' with reference='kept'"
+            )
 
     def plan(self, cfg: ModelSizes) -> Plan:
         """One Stage; none if nothing is to be dropped."""
@@ -101,9 +105,13 @@ class DifferentialTokenDrop:
     def streamed(self) -> StreamedDrop:
         """This Stage for a stream: it remembers the last frame between calls. Raises RunError for what needs a whole video."""
         if self.ratio is not None and self.scope == "video":
-            raise RunError("a ratio over the whole video cannot be kept in a stream; use scope='frame', or a threshold")
+            raise RunError(
+                "a ratio over the whole video cannot be kept in a stream; use scope='frame', or a threshold"
+            )
         if self.memory:
-            raise RunError("memory= forgets tokens that a stream's cache holds already; use it on whole videos")
+            raise RunError(
+                "memory= forgets tokens that a stream's cache holds already; use it on whole videos"
+            )
         return StreamedDrop(self)
 
     def _left(self, vision: VisionTokens | None, drop: Drop) -> VisionTokens:
@@ -143,7 +151,9 @@ class DifferentialTokenDrop:
         if not self.every:
             return torch.zeros(len(grid), dtype=torch.bool)
         order = {f: i for i, f in enumerate(grid.frame[grid.frame >= 0].unique().tolist())}
-        return torch.tensor([f >= 0 and order[f] % self.every == 0 for f in grid.frame.tolist()], dtype=torch.bool)
+        return torch.tensor(
+            [f >= 0 and order[f] % self.every == 0 for f in grid.frame.tolist()], dtype=torch.bool
+        )
 
     def _remembered(self, drop: Drop) -> Drop:
         """The bank: of the frames' kept tokens only the latest `memory` stay."""
@@ -216,7 +226,10 @@ class Walk:
             return
         held, places = self.held
         stay = ~torch.isin(places, cells[keep])
-        self.held = torch.cat([held[stay.to(held.device)], x[keep.to(x.device)]]), torch.cat([places[stay], cells[keep]])
+        self.held = (
+            torch.cat([held[stay.to(held.device)], x[keep.to(x.device)]]),
+            torch.cat([places[stay], cells[keep]]),
+        )
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes."""
@@ -250,7 +263,9 @@ class StreamedDrop:
         self.walk.restore(state)
 
 
-def closeness_of(a: Float[Tensor, "token feature"], b: Float[Tensor, "token feature"]) -> Float[Tensor, " token"]:
+def closeness_of(
+    a: Float[Tensor, "token feature"], b: Float[Tensor, "token feature"]
+) -> Float[Tensor, " token"]:
     """Cosine of features; of pixels (uint8) minus their mean absolute difference, colours in 0..1."""
     if a.dtype == torch.uint8:
         return -(a.float() - b.float()).abs().mean(-1) / 255
@@ -292,7 +307,9 @@ def _cells(grid: VideoGrid) -> Tensor:
     """One number per place in a frame. Raises RunError where nobody knows the places."""
     on = grid.frame >= 0
     if bool((grid.row[on] < 0).any()):
-        raise RunError("nobody knows where this model's video tokens lie in their frames, so none can be compared")
+        raise RunError(
+            "nobody knows where this model's video tokens lie in their frames, so none can be compared"
+        )
     return grid.row * (1 << 20) + grid.col
 
 
@@ -315,7 +332,9 @@ def _tubelet_ends(frames: Frames, grid: VideoGrid) -> tuple[Tensor, Tensor]:
 def _patches(frames: Frames, grid: VideoGrid, at: Tensor) -> Tensor:
     """The pixels under every token, uint8 [token, pixel * 3], of the frame that `at` names: the frame cut evenly."""
     rows, cols = int(grid.row.max()) + 1, int(grid.col.max()) + 1
-    height, width = (max(1, round(n / k)) * k for n, k in zip(frames.pixels.shape[-2:], (rows, cols), strict=True))
+    height, width = (
+        max(1, round(n / k)) * k for n, k in zip(frames.pixels.shape[-2:], (rows, cols), strict=True)
+    )
     pixels = frames.pixels.cpu()
     if (height, width) != tuple(pixels.shape[-2:]):
         pixels = F.interpolate(pixels.float(), (height, width), mode="area").round().to(torch.uint8)

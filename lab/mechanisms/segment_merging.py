@@ -63,7 +63,12 @@ class SegmentMerging:
     compat: Compat = "paper"
 
     def __post_init__(self) -> None:
-        for name, kind in (("place", Place), ("weighting", Weighting), ("positions", Positions), ("compat", Compat)):
+        for name, kind in (
+            ("place", Place),
+            ("weighting", Weighting),
+            ("positions", Positions),
+            ("compat", Compat),
+        ):
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"{name}={getattr(self, name)!r}; use one of {', '.join(get_args(kind))}")
         for name, low in (("n_segments", 1), ("keep", 1), ("n_global", 0), ("channel_groups", 1)):
@@ -86,7 +91,9 @@ class SegmentMerging:
     def __call__(self, frames: Frames, vision: VisionTokens | None, query: str) -> VisionTokens:
         """The Stage. Tokens of no frame (newlines) and of composed pictures pass by, at the end."""
         if vision is None or vision.x is None:
-            raise RunError("segments are merged from vision tokens; this mechanism needs an encoder before it")
+            raise RunError(
+                "segments are merged from vision tokens; this mechanism needs an encoder before it"
+            )
         grid = vision.grid
         local = ((grid.frame >= 0) & ~frames.composed(grid)).nonzero().squeeze(1)
         rest = torch.ones(len(grid), dtype=torch.bool)
@@ -105,7 +112,11 @@ class SegmentMerging:
             weighting=self.weighting,
         )  # fmt: skip
         made = [
-            _Group(at[(found.group == g).nonzero().squeeze(1)], found.share[found.group == g], int(at[found.of[g]]))
+            _Group(
+                at[(found.group == g).nonzero().squeeze(1)],
+                found.share[found.group == g],
+                int(at[found.of[g]]),
+            )
             for g in range(len(found.of))
         ]
         return made if self.compat == "released" else sorted(made, key=lambda g: g.of)
@@ -116,7 +127,11 @@ class SegmentMerging:
         if self.place == "each":
             first = [_mean(at, grid) for at in segments]
             owner = [next(i for i, at in enumerate(segments) if bool((at == g.of).any())) for g in groups]
-            return [g for i, f in enumerate(first) for g in [f, *(x for x, o in zip(groups, owner, strict=True) if o == i)]]
+            return [
+                g
+                for i, f in enumerate(first)
+                for g in [f, *(x for x, o in zip(groups, owner, strict=True) if o == i)]
+            ]
         every = torch.cat(list(segments))
         stretches = [every[s] for s in _segments(grid.frame[every], self.n_global)] if self.n_global else []
         added = [_mean(at, grid) for at in stretches]

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from lab.carriers import Frames, Positions, VisionTokens
@@ -96,7 +96,9 @@ class ThumbnailAndSampling:
         if want is None:
             return torch.arange(n)
         if want > n:
-            raise UsageError(f"{want} samples of {n} video tokens; give n_samples of at most {n}, or more frames")
+            raise UsageError(
+                f"{want} samples of {n} video tokens; give n_samples of at most {n}, or more frames"
+            )
         if self.stratify == "none":
             at = torch.linspace(0, n - 1, want, dtype=torch.double).round().long()
             return ((at + self.phase) % n).sort().values
@@ -126,7 +128,9 @@ class WithThumbnail:
 
     def __call__(self, frames: Frames, query: str) -> Frames:
         if len(frames) < self.n:
-            raise UsageError(f"a thumbnail of {self.n} frames, but the video has {len(frames)}; sample more frames")
+            raise UsageError(
+                f"a thumbnail of {self.n} frames, but the video has {len(frames)}; sample more frames"
+            )
         picture = thumbnail(frames.pixels[picks(len(frames), self.n)])
         return replace(
             frames,
@@ -161,7 +165,9 @@ def thumbnail(pixels: UInt8[Tensor, "pick 3 h w"]) -> UInt8[Tensor, "3 h w"]:
     return torch.cat(lines, 1).round().to(torch.uint8)
 
 
-def of_tile(n: int, row: Int[Tensor, " token"], col: Int[Tensor, " token"], rows: int, cols: int) -> Int[Tensor, " token"]:
+def of_tile(
+    n: int, row: Int[Tensor, " token"], col: Int[Tensor, " token"], rows: int, cols: int
+) -> Int[Tensor, " token"]:
     """Which frame of the thumbnail (0 .. n - 1) lies under the centre of each cell of a grid of rows x cols."""
     down, across = tiles(n)
     return ((2 * row + 1) * down // (2 * rows)) * across + (2 * col + 1) * across // (2 * cols)
@@ -188,7 +194,9 @@ def _shared(want: int, counts: list[int]) -> list[int]:
 
 def _spread(places: list[int], n: int) -> list[int]:
     """`n` of the places, evenly spread."""
-    return [places[i] for i in torch.linspace(0, len(places) - 1, n, dtype=torch.double).round().long().tolist()]
+    return [
+        places[i] for i in torch.linspace(0, len(places) - 1, n, dtype=torch.double).round().long().tolist()
+    ]
 
 
 NEUTRAL = ThumbnailAndSampling.NEUTRAL = ThumbnailAndSampling(n_thumbnail=0, n_samples=None)

@@ -100,7 +100,9 @@ def _places(had: Tensor, source: Tensor, video: Tensor) -> Tensor:
     if bool((source >= 0).all()) and bool((source.diff() > 0).all()):
         return torch.searchsorted(had, source)
     if len(source) > len(had):
-        raise RunError(f"the stages made {len(source)} video tokens of {len(had)}; a Layout must say where they stand")
+        raise RunError(
+            f"the stages made {len(source)} video tokens of {len(had)}; a Layout must say where they stand"
+        )
     if bool((video.diff() > 1).any()):
         raise RunError(
             "the stages reordered vision tokens and this model's prompt has text between its frames; keep them in the "
@@ -152,7 +154,9 @@ def _remapped(tokens: TokenMap, put: Tensor, after: VisionTokens) -> TokenMap:
     columns = {n: getattr(tokens, n).clone() for n in (*VideoGrid.columns(), "role")}
     for name in VideoGrid.columns():
         columns[name][put] = getattr(after.grid, name).to(columns[name])
-    shows = (after.grid.frame >= 0) | (after.grid.source < 0)  # a token of the whole video belongs to the video, too
+    shows = (after.grid.frame >= 0) | (
+        after.grid.source < 0
+    )  # a token of the whole video belongs to the video, too
     columns["role"][put] = torch.where(shows, ROLES.index("frame"), ROLES.index("separator")).cpu()
     parts = None
     if after.grid.parts is not None:
@@ -186,7 +190,12 @@ def _written_anew(
     if whole is vision:
         put = _video_rows(tokens)
         return door, (_remapped(tokens, put, vision),)
-    at = rope[:, _video_rows(tokens)[torch.searchsorted(whole.grid.source.cpu(), vision.grid.source.cpu())].to(rope.device)]
+    at = rope[
+        :,
+        _video_rows(tokens)[torch.searchsorted(whole.grid.source.cpu(), vision.grid.source.cpu())].to(
+            rope.device
+        ),
+    ]
     return _shortened(door, tokens, whole, replace(vision, rope=at))
 
 
