@@ -200,4 +200,4 @@ def _spread(places: list[int], n: int) -> list[int]:
 
 
 NEUTRAL = ThumbnailAndSampling.NEUTRAL = ThumbnailAndSampling(n_thumbnail=0, n_samples=None)
-EXAMPLE = ThumbnailAndSampling.EXAMPLE = ThumbnailAndSampling(n_thumbnail=4, n_samples=32)
+EXAMPLE = ThumbnailAndSampling.EXAMPLE = ThumbnailAndSampling(n_thumbnail=4, n_samples=16)
