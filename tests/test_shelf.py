@@ -44,6 +44,8 @@ MUST = {
         ("streaming", "vidkv"),
     )
 }
+# sampled tokens have no neighbour in time that they could be compared with: the second drops nothing
+IDLE = {("thumbnail_and_sampling", "differential_token_drop")}
 STREAMS = ("mixture_of_depths", "differential_token_drop", "vidkv")
 PAIRS = list(itertools.permutations(SHELF, 2))
 NAMES = ["+".join(pair) for pair in PAIRS]
@@ -250,6 +252,8 @@ def test_knockouts_mean_the_same(name, small, ready):
 def test_without_the_video_its_pixels_do_not_matter(name, small):
     """Text cut off from frames in all layers: another video of the same mechanism's choices gives the same answer."""
     item, m = shelf_models.question(), [example(name)]
+    if m[0].plan(small.sizes).cache is not None:
+        return  # a quantising cache: rows of a group share their scale, text and video alike
     a = small.prepare(item, mechanisms=m)
     with torch.no_grad():
         cut = small(a, policy=VIDEO_OFF)
@@ -338,7 +342,7 @@ def test_pairs_run_or_are_refused_by_name(first, second, small, ready):
     check_partition(out.maps[0], ready.tokens)
     assert bool(torch.isfinite(out.logits).all()) and bool(torch.isfinite(more).all())
     assert close(alone, small(ready, policy=ALONE))
-    for one in both:  # neither is left out
+    for one in () if (first, second) in IDLE else both:  # neither is left out
         single = target_logits(small, ready, words(), mechanisms=[one])
         assert not torch.equal(more, single), f"{first} + {second} is {one} alone"
 
@@ -360,26 +364,24 @@ def test_sessions_with_each_mechanism(name, small):
     quiet = Streaming(decide="never", max_new_tokens=3)
     try:
         session = Session(small, quiet, mechanisms=[example(name)])
-        log = session.run(shelf_models.clip(6))
+        log = session.run(shelf_models.clip(10))
         session.ask(shelf_models.question())
         reply = session.flush()[0]
     except LabError as e:
         assert name not in STREAMS, f"streaming + {name} must compose, but: {e}"
         assert len(str(e)) > 20
         return
-    assert len(log) == 6 and bool(torch.isfinite(reply.first).all())
+    assert len(log) == 10 and bool(torch.isfinite(reply.first).all())
     plain = Session(small, quiet)
-    plain.run(shelf_models.clip(6))
+    plain.run(shelf_models.clip(10))
     assert any(a.p_silent != b.p_silent for a, b in zip(log, plain.log, strict=True))
     if session.context.plan.cache is not None:
         return  # a lossy cache: what later rows read is not what one forward computes
     logits, heads = session.context.replay()
     ends = torch.cat([mo.heads["frame_end"] for mo in log if mo.read_at == "frame"], 1)
     assert close(heads["frame_end"], ends)
-    at = len(logits[0]) - len(reply.ids)
-    assert close(logits[0, at if len(reply.ids) < 3 else at], reply.first) or close(
-        logits[0, at - 1], reply.first
-    )
+    fed = len(reply.ids) - reply.capped  # of a capped reply the last token is still to be fed
+    assert close(logits[0, -1 - fed], reply.first)
 
 
 def test_the_table_of_pairs_names_files_of_this_shelf_or_of_the_next():
