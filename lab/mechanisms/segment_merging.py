@@ -119,7 +119,7 @@ class SegmentMerging:
             )
             for g in range(len(found.of))
         ]
-        return made if self.compat == "released" else sorted(made, key=lambda g: g.of)
+        return made if self.compat == "released" else sorted(made, key=lambda g: -1 if g.of is None else g.of)
 
     def _with_global(self, groups: list[_Group], segments: Sequence[Tensor], grid: VideoGrid) -> list[_Group]:
         if self.compat == "released" or not groups:

@@ -80,8 +80,8 @@ class LayerCache(DynamicCache):
             self.store = copy.deepcopy(store)
         self.layers = copy.deepcopy(layers)
 
-    def crop(self, max_length: int) -> None:
-        """Forget rows from source position `max_length` on. Raises RunError if the cache cannot, or for recurrent layers."""
+    def crop(self, length: int) -> None:  # type: ignore[override]  # transformers counts what is to go, we what stays
+        """Forget rows from source position `length` on. Raises RunError if the cache cannot, or for recurrent layers."""
         if not hasattr(self.store, "crop"):
             raise RunError(
                 f"{type(self.store).__name__} cannot forget single rows; use snapshot() before and restore() after"
@@ -90,7 +90,7 @@ class LayerCache(DynamicCache):
             raise RunError(
                 "recurrent layers cannot forget single rows; use snapshot() before and restore() after"
             )
-        cast(Any, self.store).crop(max_length)
+        cast(Any, self.store).crop(length)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -248,8 +248,11 @@ class Context:
 
 def _copied(run: Run) -> Run:
     """The run with containers of its own."""
-    own = {f.name: getattr(run, f.name) for f in fields(run)}
-    return Run(**{k: v.copy() if isinstance(v, dict | list | set) else v for k, v in own.items()})
+    own: dict[str, Any] = {}
+    for f in fields(run):
+        held = getattr(run, f.name)
+        own[f.name] = held.copy() if isinstance(held, dict | list | set) else held
+    return Run(**own)
 
 
 def _streamed(stage: Stage) -> Stage:
