@@ -397,9 +397,10 @@ def test_a_scene_change_speaks(small):
     pixels = frames.pixels.clone()
     pixels[3:] = clip(3, moving=False, seed=9).pixels
     drop = DifferentialTokenDrop(threshold=0.02, space="pixel")
-    session = Session(small, Streaming(decide="scene", theta=0.6, max_new_tokens=2), mechanisms=[drop])
-    log = session.run(replace(frames, pixels=pixels))
-    assert [mo.triggered for mo in log] == [False, False, False, True, False, False]
+    for forget in (False, True):
+        config = Streaming(decide="scene", theta=0.6, max_new_tokens=2, forget_replies=forget)
+        log = Session(small, config, mechanisms=[drop]).run(replace(frames, pixels=pixels))
+        assert [mo.triggered for mo in log] == [False, False, False, True, False, False]
 
 
 def test_edges_act_in_a_stream_as_offline(small):

@@ -428,20 +428,20 @@ class Session:
         where = "frame" if len(rows) else "interval" if before else "previous"
         held = self.log[-1] if self.log else None
         found = Moment(self.context.n_frames - 1, at, None, False, where, len(rows), rows.whole)
-        if read is None:
-            return replace(found, p_silent=held and held.p_silent, triggered=bool(held and held.triggered))
-        speaks, p = decided(read.logits, self.silent, self.config.theta)
+        speaks, p = bool(held and held.triggered), held and held.p_silent
+        if read is not None:
+            speaks, p = decided(read.logits, self.silent, self.config.theta)
         match self.config.decide:
             case "never":
                 speaks = False
             case "scene":
                 speaks = found.frame > 0 and found.dropped < self.config.theta
-            case "head":
+            case "head" if read is not None:
                 score = read.heads["speak"][0]
                 speaks = bool(len(score)) and float(score[-1]) > self.config.theta
-            case "silence":
+            case _:
                 pass
-        return replace(found, p_silent=p, triggered=speaks, heads=read.heads)
+        return replace(found, p_silent=p, triggered=speaks, heads={} if read is None else read.heads)
 
     def _after_silence(self) -> list[Rows]:
         """The released code feeds the interval token it predicted; end-of-text is never fed as silence."""
@@ -458,10 +458,10 @@ class Session:
 
     def _speak(self, at: float) -> Reply:
         """A reply that nobody asked for."""
-        before = self.context.snapshot()
+        before = self.context.snapshot() if self.config.forget_replies else None
         spans = [Span("separator", self.config.close), Span("template", self.config.assistant)]
         reply = self._decode([self.context.text(spans)], at, None)
-        if self.config.forget_replies:
+        if before is not None:
             self.context.restore(before)
             self.open, self.pending = True, self._after_silence()
         return reply
