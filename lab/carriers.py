@@ -9,15 +9,16 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from lab.errors import PromptError, UsageError
 from lab.spans import GROUPS, KINDS, ROLES
 
+Positions = Literal["preserve", "compact"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -110,8 +111,9 @@ def _check_unicode(text: str) -> None:
 class Frames:
     """Sampled frames as they were decoded: uint8, upright, RGB, at the file's own size.
 
-    seconds[i] is the presentation time of frame i, from the start of the video; index[i] its place in the file.
-    fps and duration (seconds) describe the source; 0.0 where the source does not say.
+    seconds[i] is the presentation time of frame i, from the start of the video; index[i] its place in the file, -1 for a
+    picture that a mechanism composed of several frames. fps and duration (seconds) describe the source; 0.0 where the
+    source does not say.
     """
 
     pixels: UInt8[Tensor, "frame channel height width"]
@@ -134,16 +136,27 @@ class Frames:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    def composed(self, grid: VideoGrid) -> Bool[Tensor, " token"]:
+        """Which of the grid's tokens show a picture composed of several frames (see `index`)."""
+        n = int(grid.frame.max()) + 1 if len(grid) else 0
+        depth = -(-len(self) // n) if n else 1  # frames per tubelet
+        made = (self.index < 0).to(grid.frame.device)
+        at = (grid.frame * depth).clamp(0, max(len(self) - 1, 0))
+        return (grid.frame >= 0) & made[at] if len(self) else torch.zeros_like(grid.frame, dtype=torch.bool)
+
 
 @dataclass(frozen=True)
 class VideoGrid:
     """Where each video token lies: one entry per token, in the order the decoder reads them.
 
-    frame    frame (tubelet) index, -1 for tokens of no frame (newline tokens)
+    frame    frame (tubelet) index, -1 for tokens of no single frame (newline tokens, means over the video)
     row, col place in the frame's grid, -1 for tokens of no frame
     seconds  time of the frame (mean over a tubelet), nan where unknown
     weight   how many of the tower's patches (rows x cols x frames) were merged into this token
-    source   id of the token before any mechanism dropped or moved it
+    source   id of the token before any mechanism dropped or moved it; of a token merged from several, that of the one
+             it stands for; -1 for a token that stands for none
+    parts    where merged tokens come from: the share of every original token in each, rows sum to 1. None: every token is
+             its own `source` alone
     """
 
     frame: Int[Tensor, " token"]
@@ -152,12 +165,26 @@ class VideoGrid:
     seconds: Float[Tensor, " token"]
     weight: Float[Tensor, " token"]
     source: Int[Tensor, " token"]
+    parts: Float[Tensor, "token original"] | None = None
 
     def __len__(self) -> int:
         return len(self.frame)
 
     def __getitem__(self, index: Tensor | slice) -> VideoGrid:
-        return VideoGrid(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        kept = {name: getattr(self, name)[index] for name in self.columns()}
+        return VideoGrid(**kept, parts=None if self.parts is None else self.parts[index])
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        """Names of the columns that every grid has."""
+        return [f.name for f in fields(cls) if f.name != "parts"]
+
+    def shares(self) -> Float[Tensor, "token original"]:
+        """`parts`, written out where they are None. Originals beyond the largest known id are left out."""
+        if self.parts is not None:
+            return self.parts
+        n = int(self.source.max()) + 1 if len(self) else 0
+        return (self.source[:, None] == torch.arange(n, device=self.source.device)).float()
 
     @staticmethod
     def regular(frames: int, rows: int, cols: int, *, seconds: Tensor | None, weight: float) -> VideoGrid:
@@ -174,7 +201,7 @@ class VideoGrid:
         """The same grid followed by one token of no frame (LLaVA's image_newline)."""
         none, nan = torch.tensor([-1]), torch.tensor([torch.nan])
         tail = VideoGrid(none, none, none, nan, torch.tensor([0.0]), torch.tensor([len(self)]))
-        return VideoGrid(*(torch.cat([getattr(self, f.name), getattr(tail, f.name)]) for f in fields(self)))
+        return VideoGrid(*(torch.cat([getattr(self, n), getattr(tail, n)]) for n in self.columns()))
 
 
 @dataclass(frozen=True)
@@ -184,12 +211,15 @@ class VisionTokens:
     x     [token, d_model]
     deep  further features to be added after decoder layers 0..n-1 (DeepStack), each [token, d_model]
     rope  rope positions the checkpoint gave these tokens, [axis, token]; None for plain 1-D positions
+    positions  "preserve": tokens that are left keep their rope positions, and so does the text after them; "compact":
+               positions that nobody holds any more are closed up, as in a prompt written without those tokens
     """
 
     x: Float[Tensor, "token d_model"] | None
     grid: VideoGrid
     deep: tuple[Tensor, ...] = ()
     rope: Int[Tensor, "axis token"] | None = None
+    positions: Positions = "preserve"
 
     def __len__(self) -> int:
         return len(self.grid)
@@ -197,7 +227,7 @@ class VisionTokens:
     def __getitem__(self, index: Tensor | slice) -> VisionTokens:
         x = None if self.x is None else self.x[index]
         rope = None if self.rope is None else self.rope[:, index]
-        return VisionTokens(x, self.grid[index], tuple(d[index] for d in self.deep), rope)
+        return VisionTokens(x, self.grid[index], tuple(d[index] for d in self.deep), rope, self.positions)
 
 
 @dataclass(frozen=True)
@@ -212,6 +242,7 @@ class TokenMap:
     weight   patches merged into the token (1 for text)
     order    position in the sequence before any mechanism dropped or moved tokens; rises
     source   for video tokens: the id in the original VideoGrid, else -1
+    parts    where merged video tokens come from, as in VideoGrid; zeros for text. None: every token is its `source` alone
     n_layers, n_heads   of the model the prompt was prepared for; None if made for none
     """
 
@@ -229,6 +260,7 @@ class TokenMap:
     source: Int[Tensor, " pos"]
     n_layers: int | None = None
     n_heads: int | None = None
+    parts: Float[Tensor, "pos original"] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -250,7 +282,7 @@ class TokenMap:
     @property
     def n_frames(self) -> int:
         """Number of frames (tubelets) that have at least one token."""
-        return len(self.frame[self.role == ROLES.index("frame")].unique())
+        return len(self.frame[(self.role == ROLES.index("frame")) & (self.frame >= 0)].unique())
 
     def roles(self) -> list[str]:
         """The role name of every position, in order."""
@@ -285,7 +317,45 @@ class TokenMap:
         """The map of the kept positions; `index` ascending."""
         pieces = tuple(self.pieces[i] for i in index.tolist())
         columns = {name: getattr(self, name)[index] for name in self._per_position() if name != "pieces"}
-        return replace(self, pieces=pieces, **columns)
+        return replace(
+            self, pieces=pieces, parts=None if self.parts is None else self.parts[index], **columns
+        )
+
+    def painted(self, values: Float[Tensor, " pos"], grid: VideoGrid) -> Float[Tensor, "frame row col"]:
+        """Values of the positions, painted back on the places of the original `grid`; nan where nothing is left.
+
+        A place takes the value of the token it went into; of several, their mean weighted by its share in each. Tokens
+        of no frame are left out. Raises UsageError if values and map, or map and grid, do not fit together.
+        """
+        if len(values) != len(self):
+            raise UsageError(f"{len(values)} values for {len(self)} positions; give one each")
+        video = (self.kind == KINDS.index("video")) & ((self.source >= 0) | (self.frame >= 0))
+        shares = self._shares(video, len(grid))
+        known = torch.as_tensor(values).cpu()[video].double()
+        total, unknown = shares.sum(0), known.isnan().double() @ shares > 0
+        mean = known.nan_to_num() @ shares / total
+        flat = torch.where((total > 0) & ~unknown, mean, torch.nan).float()
+        on = (grid.frame >= 0) & (grid.row >= 0) & (grid.col >= 0)
+        if not bool(on.any()):
+            raise UsageError(
+                "nobody knows where this grid's tokens lie in their frames: rows and columns are -1"
+            )
+        out = torch.full([int(c[on].max()) + 1 for c in (grid.frame, grid.row, grid.col)], torch.nan)
+        out[grid.frame[on], grid.row[on], grid.col[on]] = flat[grid.source[on]]
+        return out
+
+    def _shares(self, video: Tensor, n: int) -> Tensor:
+        """Share of each of `n` original tokens in each of the given positions, double."""
+        if self.parts is None:
+            made = (self.source[video][:, None] == torch.arange(n)).double()
+        else:
+            made = torch.zeros(int(video.sum()), max(n, self.parts.shape[1]), dtype=torch.double)
+            made[:, : self.parts.shape[1]] = self.parts[video]
+        if made.shape[1] > n or bool((self.source[video] >= n).any()):
+            raise UsageError(
+                f"the map's tokens come from more than the grid's {n}; give the grid of the same prompt"
+            )
+        return made
 
     def generated(self, ids: Sequence[int], pieces: Sequence[str] | None = None) -> TokenMap:
         """The map with generated tokens appended."""
@@ -298,11 +368,16 @@ class TokenMap:
             **dict.fromkeys(("frame", "row", "col", "option", "source"), minus),
         }  # fmt: skip
         joined = {name: torch.cat([getattr(self, name), column]) for name, column in new.items()}
-        return replace(self, pieces=self.pieces + tuple(pieces or [""] * n), **joined)
+        parts = (
+            None
+            if self.parts is None
+            else torch.cat([self.parts, self.parts.new_zeros(n, self.parts.shape[1])])
+        )
+        return replace(self, pieces=self.pieces + tuple(pieces or [""] * n), parts=parts, **joined)
 
     @classmethod
     def _per_position(cls) -> list[str]:
-        return [f.name for f in fields(cls) if f.name not in ("n_layers", "n_heads")]
+        return [f.name for f in fields(cls) if f.name not in ("n_layers", "n_heads", "parts")]
 
 
 def _role_codes(role: str | Sequence[str]) -> list[int]:

@@ -31,7 +31,11 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Stage(Protocol):
-    """Frames, and vision so far -> vision tokens. An encoder is the Stage that is given None."""
+    """Frames, and vision so far -> vision tokens. An encoder is the Stage that is given None.
+
+    A Stage that can work on a stream has `streamed()`, which gives a Stage that is called frame after frame and may
+    remember (`reset`, `state`, `restore`); others need the whole video (see `lab.model.context`).
+    """
 
     def __call__(self, frames: Frames, vision: VisionTokens | None, query: str) -> VisionTokens: ...
 

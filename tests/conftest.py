@@ -54,3 +54,19 @@ def wrapped(saved):
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def wrapped_text():
+    """name -> a tiny random model of that family with tokenizer and preprocessor, so that `prepare` works; made once."""
+    from lab.model.zoo import wrap
+
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            hf = families.build(name).requires_grad_(False)
+            made[name] = wrap(hf, families.tokenizer(name), preprocessor=families.preprocessor(name))
+        return made[name]
+
+    return get

@@ -25,7 +25,8 @@ Pair = tuple[int, int]
 class _Piece:
     """One part of a pathway: edges from queries to keys, both bool [pos], where a predicate holds.
 
-    later   frame of every position: only edges to earlier frames
+    later   frame of every position: only edges to earlier frames, and to and from tokens of no frame (which a
+            mechanism made of the whole video); a token may always read itself
     """
 
     q: Tensor
@@ -37,7 +38,9 @@ class _Piece:
     def rows(self, at: Tensor) -> Tensor:
         hit = self.q[at][:, None] & self.k[None, :]
         if self.later is not None:
-            hit &= self.later[at][:, None] > self.later[None, :]
+            q, k = self.later[at][:, None], self.later[None, :]
+            itself = at[:, None] == torch.arange(len(self.k))[None, :]
+            hit &= ((q > k) | (q < 0) | (k < 0)) & ~itself
         if self.where is None or self.columns is None:
             return hit
         return hit & matches(self.where, {n: c[at] for n, c in self.columns.items()}, self.columns)
@@ -108,7 +111,8 @@ def _piece(tokens: TokenMap, frame: Tensor, part: Part, item: VideoQA | None) ->
     if part.keys == CROSS_FRAME and not part.queries:
         if tokens.n_frames < 2:
             raise UsageError(f"{CROSS_FRAME} needs at least 2 frames, this prompt has {tokens.n_frames}")
-        return _Piece(frame >= 0, frame >= 0, later=frame)
+        video = tokens.role == ROLES.index("frame")
+        return _Piece(video, video, later=frame)
     marks: list[Any] = []
     for name in (part.queries, part.keys):
         mark = torch.zeros(len(tokens), dtype=torch.bool)

@@ -1,7 +1,8 @@
 """Pathways: which attention edges a knock-out removes, as a dense boolean mask over one prompt.
 
 A pathway is written `keys->queries`, in the direction information flows: "video->question" cuts every edge by which a
-question position reads a video position. "cross-frame" cuts, for each frame, the edges to all earlier frames.
+question position reads a video position. "cross-frame" cuts, for each frame, the edges to all earlier frames, and those
+to and from tokens that a mechanism made of the whole video (they would carry every frame to all others).
 Segments: any role or group of `lab.spans`; with a number ("frame:3", "option:1"); "true-option", "false-options";
 "response" (the answer's own tokens, where a sweep measures a text); "all"; and unions with "+" ("question+option").
 

@@ -25,6 +25,7 @@ from lab.model.ready import Ready
 from lab.model.run import Run
 from lab.runs import Ledger
 from lab.side import Side
+from lab.slots import Plan
 
 
 @dataclass
@@ -40,6 +41,9 @@ def families(ready: Sequence[Ready]) -> list[Family]:
     found: list[Family] = []
     by_pixels: dict[str, list[Family]] = {}
     for i, r in enumerate(ready):
+        if staged(r.plan):
+            found.append(Family([i], r.n_pos))  # what a stage leaves of a video may depend on the question
+            continue
         candidates = by_pixels.setdefault(pixels_id(r), [])
         for family in candidates:
             n = min(shared_start(ready[family.members[0]], r), family.start)
@@ -51,6 +55,11 @@ def families(ready: Sequence[Ready]) -> list[Family]:
             candidates.append(Family([i], r.n_pos))
             found.append(candidates[-1])
     return found
+
+
+def staged(plan: Plan) -> bool:
+    """Whether the decoder may see other video positions than the prompt was laid out with."""
+    return plan.encoder is not None or bool(plan.stages) or plan.layout is not None
 
 
 def pixels_id(ready: Ready) -> str:

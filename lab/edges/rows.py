@@ -27,24 +27,27 @@ from lab.runs import Ledger
 
 @dataclass(frozen=True)
 class Todo:
-    """One item to be measured: its name, its prompt, and the target that follows the prompt or ends it."""
+    """One item to be measured: its name, its prompt, and the target that follows the prompt or ends it.
+
+    prompt   the prompt's map as the decoder sees it, after the stages of its mechanisms
+    """
 
     key: str
     ready: Ready
+    prompt: TokenMap
     item: VideoQA | None
     target: Target | None
 
     @property
     def tokens(self) -> TokenMap:
         """The map of what is run: the prompt, with the response after it if the target is a text."""
-        return with_response_map(self.ready.tokens, self.target)
+        return with_response_map(self.prompt, self.target)
 
     @property
     def read(self) -> list[int]:
         """Positions that foretell the target's tokens; without a target the prompt's last one."""
-        return list(
-            range(self.ready.n_pos - 1, self.ready.n_pos - 1 + len(self.target.ids if self.target else [0]))
-        )
+        last = len(self.prompt) - 1
+        return list(range(last, last + len(self.target.ids if self.target else [0])))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lab.edges.fast import ROWS, run_cut
 from lab.edges.grid import FramePairs, Grid, Heads, grid_of
 from lab.edges.metrics import OF_OPTIONS, OF_TARGET, UNITS, Gauge, Metric
 from lab.edges.pathways import listed, name_of, usual_pathways
-from lab.edges.reuse import Videos
+from lab.edges.reuse import Videos, staged
 from lab.edges.rows import Row, Todo, result_of, with_response_map
 from lab.edges.store import Store
 from lab.edges.targets import Target, Targets, given_targets, letters_of, target_of
@@ -134,6 +134,12 @@ def map_of(ready: Ready) -> TokenMap:
     return ready.tokens
 
 
+def decoder_map(model: Any, ready: Ready) -> TokenMap:
+    """The token map of the one world as the decoder sees it: after the stages of the mechanisms it was prepared with."""
+    tokens = map_of(ready)
+    return model.maps(ready)[0] if staged(ready.plan) else tokens
+
+
 def run_sweep(
     model: Any, items: Sequence[VideoQA | None], ready: Sequence[Ready], what: Sweep, *, recipe: Recipe | None = None,
     journal: Recipe | None = None, out: Any = None, cancel: Cancel | None = None, show: bool = True,
@@ -145,10 +151,10 @@ def run_sweep(
     """
     if model.pruning.chosen(None) is not None:
         raise UsageError("a sweep cuts the model as it is, and `model.pruned` is open: sweep outside of it")
-    maps = [map_of(r) for r in ready]
+    maps = [decoder_map(model, r) for r in ready]
     grid = grid_of(model, maps, what.style, what.window, what.heads, what.frame_pairs)
     texts = given_targets(what.target, len(ready))
-    todo = [Todo(k, r, i, _checked(model, r, i, t, what, grid)) for k, r, i, t in zip(_keys(items), ready, items, texts, strict=True)]  # fmt: skip
+    todo = [Todo(k, r, m, i, _checked(model, m, i, t, what, grid)) for k, r, m, i, t in zip(_keys(items), ready, maps, items, texts, strict=True)]  # fmt: skip
     videos = Videos(model, ready, passing)
     with nullcontext() if out is None else Run(out, _named(journal), cancel=cancel) as run:
         # the fast executor cuts all pathways of an item together, so an item is one piece; else every curve is one
@@ -370,11 +376,11 @@ def _correct(todo: Todo, gauge: Gauge) -> bool | None:
 
 
 def _checked(
-    model: Any, ready: Ready, item: VideoQA | None, text: str | None, what: Sweep, grid: Grid
+    model: Any, prompt: TokenMap, item: VideoQA | None, text: str | None, what: Sweep, grid: Grid
 ) -> Target | None:
     """The item's target. Raises UsageError for what cannot be cut or measured: before hours of work."""
     target = _target(model, item, text, what.metrics)
-    tokens = with_response_map(map_of(ready), target)
+    tokens = with_response_map(prompt, target)
     for pathway in what.pathways:
         grid.check(tokens, pathway, item)
     if what.follows_target and target is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lab.carriers import LETTERS
 from lab.errors import UsageError
+from lab.model.preparing import with_sampler
 from lab.model.ready import Ready
 from lab.model.run import Edges, Run
 from lab.slots import plan_of
@@ -103,6 +104,7 @@ def target_logits(
     from lab.model.decoder import decode
 
     plan = ready.plan + plan_of(mechanisms, model.sizes)
+    ready = with_sampler(model, ready, plan)
     run = Run(dict(edges or {}), policy=model.pruning.chosen(policy))
     with model.lock.shared():
         door, maps = model.arrive(ready, plan, run)

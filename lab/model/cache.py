@@ -5,7 +5,8 @@ Rows carry their source position, so layers may hold different rows (ragged) and
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +35,21 @@ class KVCache:
         self.k[layer], self.v[layer], self.order[layer] = k, v, order
         return k, v, order
 
+    def snapshot(self) -> Any:
+        """What `restore` takes. Costs nothing: rows are never written in place."""
+        return dict(self.k), dict(self.v), dict(self.order)
+
+    def restore(self, state: Any) -> None:
+        """Go back to a `snapshot`, as often as wanted."""
+        self.k, self.v, self.order = (dict(held) for held in state)
+
+    def crop(self, length: int) -> None:
+        """Forget all rows from source position `length` on, in every layer."""
+        for layer, order in self.order.items():
+            keep = order < length
+            self.k[layer], self.v[layer] = self.k[layer][:, :, keep], self.v[layer][:, :, keep]
+            self.order[layer] = order[keep]
+
     def lengths(self) -> list[int]:
         """Rows held by each layer that holds any, by layer."""
         return [len(self.order[layer]) for layer in sorted(self.order)]
@@ -49,6 +65,32 @@ class LayerCache(DynamicCache):
     def __init__(self, store: Cache, config: Any) -> None:
         super().__init__(config=config)
         self.store = store
+
+    def snapshot(self) -> Any:
+        """What `restore` takes: of a cache that offers it its own snapshot, of any other a copy."""
+        own = getattr(self.store, "snapshot", None)
+        return copy.deepcopy(self.store) if own is None else own(), copy.deepcopy(self.layers)
+
+    def restore(self, state: Any) -> None:
+        """Go back to a `snapshot`, as often as wanted."""
+        store, layers = state
+        if hasattr(self.store, "snapshot"):
+            cast(Any, self.store).restore(store)
+        else:
+            self.store = copy.deepcopy(store)
+        self.layers = copy.deepcopy(layers)
+
+    def crop(self, length: int) -> None:  # type: ignore[override]  # transformers counts what is to go, we what stays
+        """Forget rows from source position `length` on. Raises RunError if the cache cannot, or for recurrent layers."""
+        if not hasattr(self.store, "crop"):
+            raise RunError(
+                f"{type(self.store).__name__} cannot forget single rows; use snapshot() before and restore() after"
+            )
+        if any(getattr(layer, "is_initialized", False) for layer in self.layers):
+            raise RunError(
+                "recurrent layers cannot forget single rows; use snapshot() before and restore() after"
+            )
+        cast(Any, self.store).crop(length)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

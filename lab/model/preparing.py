@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lab.carriers import TokenMap, VideoQA
-from lab.errors import LabWarning, PromptError, UsageError
+from lab.errors import LabWarning, PromptError, RunError, UsageError
 from lab.model.ready import Ready
 from lab.model.token_maps import token_maps
 from lab.prompt import answer_spans, lay_out, question_spans, render
@@ -51,7 +51,30 @@ def prepare(
     }
     asked = {"n_frames": n_frames, "fps": fps, "index": None if index is None else list(index)}
     sampling = {k: v for k, v in asked.items() if v is not None}
-    return Ready(inputs, (_sized(tokens, model),), (grid,), item, frames, render(spans), plan, sampling)
+    maps = (_sized(tokens, model),)
+    return Ready(inputs, maps, (grid,), item, frames, render(spans), plan, sampling, system)
+
+
+def with_sampler(model: Any, ready: Ready, plan: Plan) -> Ready:
+    """The same question with the frames that the plan's sampler chooses, prepared once and kept on `ready`.
+
+    `ready` itself where it was prepared with that sampler, or where the plan has none. Raises RunError for tensors that
+    a processor made: their frames are chosen.
+    """
+    if plan.sampler is None or ready.plan.sampler is not None:
+        return ready
+    if ready.item is None:
+        raise RunError(
+            f"{plan.sampler!r} chooses frames, and these inputs came from a processor, which chose already; use "
+            "model.prepare(item, mechanisms=[...])"
+        )
+    held = ready.memo.get("sampled")
+    if held is None or held[0] != plan.sampler:
+        how = {"n_frames": None, "fps": None, "index": None, **ready.sampling}
+        own = Plan(sampler=plan.sampler)
+        held = plan.sampler, prepare(model, ready.item, **how, system=ready.system, plan=own)
+        ready.memo["sampled"] = held
+    return replace(held[1], plan=ready.plan)
 
 
 def _check_context(model: Any, tokens: TokenMap) -> None:

@@ -22,6 +22,7 @@ class Ready:
     item, frames, prompt   what was prepared; None and "" for inputs that came from a processor
     plan     what the mechanisms given to `prepare` asked for
     sampling how the frames were chosen: {n_frames | fps | index: ...}
+    system   the system prompt asked for; None: the family's own
     """
 
     inputs: dict[str, Any]
@@ -32,6 +33,7 @@ class Ready:
     prompt: str = ""
     plan: Plan = field(default_factory=Plan)
     sampling: dict[str, Any] = field(default_factory=dict)
+    system: str | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # state at the door
 
     @property

@@ -41,7 +41,7 @@ from lab.model.hooking import (
 from lab.model.layout import lay_out, pieces
 from lab.model.lock import SharedLock
 from lab.model.points import Block, FinalNorm, Points
-from lab.model.preparing import prepare, prepare_inputs
+from lab.model.preparing import prepare, prepare_inputs, with_sampler
 from lab.model.pruning import EdgePolicy, Pruning, Reach, pruned_edges, refuse_with
 from lab.model.reading import Read, rows
 from lab.model.ready import Ready
@@ -222,6 +222,7 @@ class VideoLLM(HookedRootModule):
         run = Run(checked_edges(edges), frozenset(look), policy=self.pruning.chosen(policy))
         check_layers(self, [*run.edges, *run.look])
         plan = ready.plan + plan_of(mechanisms, self.sizes)
+        ready = with_sampler(self, ready, plan)
         with self.plan_hooks(plan), self.lock.shared():
             door, maps = self.arrive(ready, plan, run)
             resid, side = self.stream(door, run, plan=plan, tokens=maps, chunk=chunk)
@@ -245,6 +246,12 @@ class VideoLLM(HookedRootModule):
         if run is not None and run.policy is not None:
             run.edges = pruned_edges(run.policy, maps, self.reach, ready.item, run.edges)
         return Door(cast(Any, self.embed).hook_out(door.embeds), door.rope, door.pad, door.deep), maps
+
+    def maps(self, ready: Ready, *, mechanisms: Mechanisms = ()) -> tuple[TokenMap, ...]:
+        """The token map of every world as the decoder will see it, after the stages of the mechanisms."""
+        plan = ready.plan + plan_of(mechanisms, self.sizes)
+        with self.plan_hooks(plan), self.lock.shared():
+            return self.arrive(with_sampler(self, ready, plan), plan)[1]
 
     def see(self, ready: Ready) -> Door:
         """Run the vision side, or take what an earlier run of this `ready` saw.
@@ -448,6 +455,7 @@ class VideoLLM(HookedRootModule):
         run = Run(checked_edges(edges), policy=self.pruning.chosen(policy))
         check_layers(self, [*run.edges])
         plan = ready.plan + plan_of(mechanisms, self.sizes)
+        ready = with_sampler(self, ready, plan)
         with self.plan_hooks(plan):
             out: Generated = generate(
                 self, ready, run, plan=plan, max_new_tokens=max_new_tokens, do_sample=do_sample, seed=seed, stop=stop,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def join(grids: Sequence[VideoGrid]) -> VideoGrid:
         shifted = torch.where(g.frame >= 0, g.frame + frames, g.frame)
         parts.append(replace(g, frame=shifted, source=g.source + tokens))
         frames, tokens = frames + (int(g.frame.max()) + 1 if len(g) else 0), tokens + len(g)
-    return VideoGrid(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(VideoGrid)})
+    return VideoGrid(**{name: torch.cat([getattr(p, name) for p in parts]) for name in VideoGrid.columns()})
 
 
 def share_out(grids: Sequence[VideoGrid], wanted: Sequence[int]) -> list[list[VideoGrid]]:

@@ -1,0 +1,63 @@
+"""The bench of token drop: matched budgets, intervals, one row per variant; and the picture of kept tokens."""
+
+import pytest
+import torch
+
+from figures.fig_kept_tokens import MECHANISMS, curves, painted
+from lab.bench.token_drop import RandomDrop, accuracy, seconds, table, variants, wilson
+from lab.model.zoo import load
+from tests.shelf_models import model, question
+
+
+def test_wilson_by_hand():
+    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4) and wilson(0, 0) == (0.0, 1.0)
+
+
+def test_the_random_control_has_the_same_budget():
+    small = model()
+    ready = small.prepare(question())
+    named = variants(0.8)
+    n = {k: len(small.maps(ready, mechanisms=[m])[0]) for k, m in named.items() if m is not None}
+    assert n["feature"] == n["pixel"] == n["random"] == n["feature, compact"] < ready.n_pos
+    assert (
+        n["feature, per frame"] == n["feature"] + 5
+    )  # int(16 * 0.8) in each of 7 frames, not int(112 * 0.8)
+    one, two = (small.maps(ready, mechanisms=[RandomDrop(0.8, s)])[0].source.tolist() for s in (0, 1))
+    assert one != two and one == small.maps(ready, mechanisms=[RandomDrop(0.8, 0)])[0].source.tolist()
+
+
+def test_the_bench_on_tiny():
+    tiny, named = load("tiny", verify=False), variants(0.8)
+    found = {
+        "accuracy": {"moving_direction": accuracy(tiny, "moving_direction", 2, 1, named)},
+        "time": {"8": seconds(tiny, 8, named, pairs=1)},
+    }
+    rows, times = found["accuracy"]["moving_direction"], found["time"]["8"]
+    assert list(rows) == list(named) == list(times) and rows["vanilla"]["flips"] == 0
+    assert rows["vanilla"]["video_tokens"] == 128 and rows["feature"]["video_tokens"] == 39
+    assert times["feature"]["positions"] == times["vanilla"]["positions"] - 89
+    assert times["feature"]["kv_bytes"] * times["vanilla"]["positions"] == times["vanilla"]["kv_bytes"] * times["feature"]["positions"]  # fmt: skip
+    assert len(table(found).splitlines()) == 2 + 2 * len(named) + 1
+
+
+@pytest.mark.parametrize("name", list(MECHANISMS))
+def test_pictures_show_every_token_that_is_read(name):
+    small, item = model(), question()
+    mech = MECHANISMS[name]
+    result, frames = painted(small, item, name, mech)
+    tokens = small.maps(small.prepare(item, mechanisms=[mech]))[0]
+    read = tokens.where(role="frame")
+    assert frames.shape[0] == result.shape[0] == (9 if "thumbnail" in name else 8)
+    if "merged" in name:
+        assert float((1 / torch.tensor(result.values)).sum()) == pytest.approx(24, rel=1e-4)
+    else:
+        assert float(result.values.sum()) == len(read) and set(result.values.flatten().tolist()) == {0.0, 1.0}
+
+
+def test_the_curve_is_what_is_dropped():
+    small, item = model(), question()
+    with torch.no_grad():
+        curve = curves(small, item)
+    assert curve.shape == (2, 8) and curve.values[:, 0].tolist() == [0, 0]
+    assert (curve.values.sum(1) * 16).tolist() == pytest.approx([89, 89])
