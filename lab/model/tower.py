@@ -24,7 +24,16 @@ from lab.model.points import Points
 from lab.model.run import CURRENT, Front, TowerAttn, changed, watched, written
 
 ATTENTION = ("self_attn", "attn", "attention")
-POINTS = ("hook_q", "hook_k", "hook_rot_q", "hook_rot_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z")
+POINTS = (
+    "hook_q",
+    "hook_k",
+    "hook_rot_q",
+    "hook_rot_k",
+    "hook_v",
+    "hook_attn_scores",
+    "hook_pattern",
+    "hook_z",
+)
 
 
 # ---- the parts of a tower -----------------------------------------------------------------------------------------
@@ -102,7 +111,9 @@ def before_rotary(module: nn.Module, args: Any, output: Tensor) -> Tensor | None
         return None
     if module is getattr(attn, "qkv", None):
         q, k, v = output.chunk(3, -1)
-        return torch.cat([_shown(front, attn, points.hook_q, q), _shown(front, attn, points.hook_k, k), v], -1)
+        return torch.cat(
+            [_shown(front, attn, points.hook_q, q), _shown(front, attn, points.hook_k, k), v], -1
+        )
     names = {id(getattr(attn, _projection(attn, side))): side for side in "qk"}
     side = names.get(id(module))
     return None if side is None else _shown(front, attn, getattr(points, f"hook_{side}"), output)
@@ -110,7 +121,9 @@ def before_rotary(module: nn.Module, args: Any, output: Tensor) -> Tensor | None
 
 def _shown(front: Front, attn: nn.Module, point: Any, value: Tensor) -> Tensor:
     """A projection's output through a point, as [frame, patch, head, d_head]."""
-    flat = value.reshape(1 if front.borders is not None else value.shape[0], -1, heads_of(attn), _d_head(attn, value))
+    flat = value.reshape(
+        1 if front.borders is not None else value.shape[0], -1, heads_of(attn), _d_head(attn, value)
+    )
     return _regroup(point, flat, _groups(front, flat.shape[1])).reshape(value.shape)
 
 
@@ -254,7 +267,9 @@ def tower_map(model: Any, ready: Any) -> TowerMap:
         return _packed_map(model.hf.config, ready.inputs)
     pixels = ready.inputs.get("pixel_values_videos", ready.inputs.get("pixel_values"))
     if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
-        raise UsageError("where this tower's patches lie is not known; look at vision.N.hook_resid_post as it is")
+        raise UsageError(
+            "where this tower's patches lie is not known; look at vision.N.hook_resid_post as it is"
+        )
     height, width = _sides(model.hf.config.vision_config.patch_size)
     rows, cols = pixels.shape[-2] // height, pixels.shape[-1] // width
     n = pixels.shape[0] * (pixels.shape[1] if pixels.ndim == 5 else 1)
@@ -298,7 +313,8 @@ def _blocks(h: int, w: int, merge: int, side: int) -> tuple[Tensor, Tensor]:
     """Row and column of the patches of one frame, in the order of the tower."""
     row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     row, col = (
-        x.reshape(h // merge, merge, w // merge, merge).transpose(1, 2).reshape(-1, merge * merge) for x in (row, col)
+        x.reshape(h // merge, merge, w // merge, merge).transpose(1, 2).reshape(-1, merge * merge)
+        for x in (row, col)
     )
     if side:  # stable: inside a window the blocks keep their order
         width = -(-(w // merge) // side)

@@ -60,5 +60,6 @@ def use_our_attention(hf: nn.Module, lm: nn.Module) -> str:
 
 def make_known(hf: nn.Module) -> None:
     """Register the functions that a model from another process names."""
-    for config in (hf.config, *(getattr(hf.config, s, None) for s in hf.config.sub_configs)):
+    whole: Any = hf.config
+    for config in (whole, *(getattr(whole, s, None) for s in whole.sub_configs)):
         register(str(getattr(config, "_attn_implementation", None) or "sdpa"))
