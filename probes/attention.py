@@ -48,9 +48,10 @@ class AttentionRecipe(ProbeRecipe):
 
     def run(self, *, progress: bool = True, model: Any = None) -> list[Result]:
         """Load what the recipe names (or use `model`) and look."""
-        return [
-            _attention(self.asked(model), self.pathways, self.layers, self.causal, self.plain(), progress)
-        ]
+        made = _attention(
+            self.asked(model), self.pathways, self.layers, self.causal, self.plain(), progress
+        )
+        return [made, causal(made)] if self.causal else [made]
 
 
 def attention(
@@ -405,6 +406,7 @@ def _sink(
 
 
 def _only(who: Asked) -> Case:
-    if len(who.cases) > 1:
+    case, *more = who.cases
+    if more:
         raise UsageError(f"this reads one item at a time, got {len(who.cases)}")
-    return who.cases[0]
+    return case

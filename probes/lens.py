@@ -115,9 +115,10 @@ def lens(
     what = _What(names, spoken, measure, by, site, mode, layers)
     fields = recipe_fields(model, items, n_frames, policy, mechanisms)
     recipe: dict[str, Any] = {}
-    if fields is not None and tuned is None and all(isinstance(w, str) for w in spoken):
+    texts = tuple(w for w in spoken if isinstance(w, str))
+    if fields is not None and tuned is None and texts == spoken:
         chosen = None if layers is None else tuple(layers)
-        recipe = LensRecipe(**fields, tokens=names, words=spoken, measure=measure, by=by, site=site, mode=mode, layers=chosen).plain()  # fmt: skip
+        recipe = LensRecipe(**fields, tokens=names, words=texts, measure=measure, by=by, site=site, mode=mode, layers=chosen).plain()  # fmt: skip
     who = asked(model, items, n_frames=n_frames, policy=policy, mechanisms=mechanisms, twins=False)
     return _lens(who, what, tuned, recipe, show_progress)
 

@@ -262,7 +262,8 @@ class _Job:
         """(true, random, selectivity): values, low, high, from every item's samples [sample, d_model]."""
         x = torch.cat(list(rows))
         if not bool(x.isfinite().all()):
-            return (np.full(3, np.nan),) * 3
+            lost = np.full(3, np.nan)
+            return lost, lost, lost
         spans = [Span.of(x[self.fold != f]) for f in range(int(self.fold.max()) + 1)]
         true = self._scores(x, self.y, spans)
         random = [self._scores(x, y, spans) for y in self.shuffled]
