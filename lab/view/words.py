@@ -76,13 +76,13 @@ def _frame(ax: Any, result: Result, f: int, picture: NDArray[np.uint8]) -> None:
     _, rows, cols = result.shape
     ax.imshow(picture, extent=(0, cols, rows, 0), aspect="auto")
     ax.set_title(f"frame {result.coords['frame'][f]}", fontsize=8)
-    size = max(3.5, min(8.0, 26 / max(cols, 1)))
+    size = max(3.5, min(9.0, 34 / max(cols, 1)))
     for r in range(rows):
         for c in range(cols):
             p, word = float(result.values[f, r, c]), shown(result.notes["words"][f][r][c])
             if np.isfinite(p) and word:
                 box = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "pad": 0.8}
-                colour = (1.0, 1.0, 1.0, 0.35 + 0.65 * min(1.0, max(0.0, p)))
+                colour = (1.0, 1.0, 1.0, 0.5 + 0.5 * min(1.0, max(0.0, p)))
                 ax.text(
                     c + 0.5, r + 0.5, word, ha="center", va="center", fontsize=size, color=colour, bbox=box
                 )
