@@ -8,6 +8,7 @@ from lab.result import Result
 from lab.view.specs import AVERAGED, kind_of, label, text
 
 MOST = 12  # panels of one Result
+GRID = ("frame", "row", "col")
 
 
 def panels(result: Result, most: int = MOST) -> list[Result]:
@@ -17,12 +18,13 @@ def panels(result: Result, most: int = MOST) -> list[Result]:
     ones where there are more (of layers, the late ones).
     """
     axes = tuple(a for a in result.axes if a not in AVERAGED)
-    if len(axes) <= 2 or axes == ("frame", "row", "col") or not all(result.shape):
+    if len(axes) <= 2 or axes == GRID or not all(result.shape):
         return [result]
     for axis in (a for a in result.axes if a in AVERAGED):
         result = result.mean(axis)
+    grid = GRID if result.axes[-3:] == GRID else ()
     for axis in axes:
-        if len(result.coords[axis]) == 1 and len(result.axes) > 2:
+        if len(result.coords[axis]) == 1 and len(result.axes) > 2 and axis not in grid:
             result = _one(result, axis, 0)
     return _parts(result)[-most:]
 
