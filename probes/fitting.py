@@ -75,7 +75,7 @@ def logistic(span: Span, y: Tensor, n_classes: int, new: Tensor, penalty: float 
     x = span.train / size.clamp(min=1e-300) * len(y) ** 0.5 if len(span.s) else span.train
     weight = torch.zeros(x.shape[1], n_classes, dtype=torch.double, requires_grad=True)
     bias = torch.zeros(n_classes, dtype=torch.double, requires_grad=True)
-    steps = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe", tolerance_grad=1e-6)
+    steps = torch.optim.LBFGS([weight, bias], max_iter=40, line_search_fn="strong_wolfe", tolerance_grad=1e-5)
 
     def loss() -> Tensor:
         with torch.enable_grad():
