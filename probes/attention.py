@@ -48,9 +48,7 @@ class AttentionRecipe(ProbeRecipe):
 
     def run(self, *, progress: bool = True, model: Any = None) -> list[Result]:
         """Load what the recipe names (or use `model`) and look."""
-        made = _attention(
-            self.asked(model), self.pathways, self.layers, self.causal, self.plain(), progress
-        )
+        made = _attention(self.asked(model), self.pathways, self.layers, self.causal, self.plain(), progress)
         return [made, causal(made)] if self.causal else [made]
 
 

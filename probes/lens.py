@@ -126,6 +126,8 @@ def lens(
 def _lens(who: Asked, what: _What, tuned: Any, recipe: dict[str, Any], show: bool) -> Result:
     model, logits = who.model, reading(who.model, what.mode, tuned)
     layers = layers_asked(model.cfg.n_layers, what.layers)
+    if what.by != "role":
+        grid_shared(who)
     read = [_read(who, case, what, layers, logits) for case in progress(who.cases, desc="lens", show=show)]
     values, coords = _joined(who, read, what, layers)
     words = ["entropy"] if what.measure == "entropy" else [str(w) for w in what.words]
@@ -187,13 +189,9 @@ def _joined(
     if what.by == "role":
         rows = [_by_role(c, r, what.tokens) for c, r in zip(who.cases, read, strict=True)]
         return np.stack(rows), {"role": list(what.tokens)}
-    grids = {grid_of(c.tokens) for c in who.cases}
-    if len(grids) > 1:
-        raise UsageError(
-            f"the items' videos have different grids {sorted(grids)}; ask about them one at a time"
-        )
+    grid = grid_shared(who)
     rows = [on_grid(c.tokens, r.positions, r.values) for c, r in zip(who.cases, read, strict=True)]
-    coords = {n: list(range(k)) for n, k in zip(("frame", "row", "col"), grids.pop(), strict=True)}
+    coords = {n: list(range(k)) for n, k in zip(("frame", "row", "col"), grid, strict=True)}
     if what.by == "patch":
         return np.stack(rows), coords
     # a mean over no token at all is nan, without numpy's warning
@@ -216,10 +214,25 @@ def grid_of(tokens: TokenMap) -> tuple[int, int, int]:
     return tuple(int(x[at].max()) + 1 for x in (tokens.frame, tokens.row, tokens.col))  # type: ignore[return-value]
 
 
+def grid_shared(who: Asked) -> tuple[int, int, int]:
+    """The grid of all items' videos. Raises UsageError if there are several."""
+    grids = {grid_of(c.tokens) for c in who.cases}
+    if len(grids) > 1:
+        raise UsageError(
+            f"the items' videos have different grids {sorted(grids)}; ask about them one at a time"
+        )
+    return grids.pop()
+
+
 def on_grid(tokens: TokenMap, positions: Tensor, values: Tensor) -> Any:
-    """values [..., token] -> [..., frame, row, col]; nan where no token of the video is."""
+    """values [..., token] -> [..., frame, row, col]; nan where no token asked for is.
+
+    Raises UsageError if none of the tokens lies in a frame.
+    """
     out = np.full((*values.shape[:-1], *grid_of(tokens)), np.nan)
     mine = tokens.role[positions] == tokens.role[tokens.where(role="frame")[0]]
+    if not bool(mine.any()):
+        raise UsageError("none of these tokens lies in a frame; use by='role'")
     place = (x[positions[mine]].numpy() for x in (tokens.frame, tokens.row, tokens.col))
     out[(..., *place)] = values[..., mine].numpy()
     return out

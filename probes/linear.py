@@ -137,8 +137,8 @@ def _linear(who: Asked, what: _What, out: Any, recipe: dict[str, Any], show: boo
     labels = labels_of(what.label, [c.item for c in who.cases])
     groups = groups_of_items([c.item for c in who.cases])
     streams = _Streams(who, what, layers, None if out is None else Path(out))
-    streams.fill(show)
     jobs = {role: _job(who, what, role, labels, groups) for role in what.roles}
+    streams.fill(show)  # after all that can be refused without running anything
     cells = [(r, i) for r in range(len(what.roles)) for i in range(len(layers))]
     values, low, high = (np.full((3, len(what.roles), len(layers)), np.nan) for _ in range(3))
     for r, i in progress(cells, desc="probes", show=show):
@@ -167,12 +167,13 @@ class _Streams:
     def __init__(self, who: Asked, what: _What, layers: Sequence[int], folder: Path | None) -> None:
         self.who, self.what, self.layers, self.folder = who, what, layers, folder
         self.held: list[dict[str, Tensor]] = []
+        self.paths = {c.key: self._path(c) for c in who.cases}
         self.ran = 0
 
     def fill(self, show: bool) -> None:
         """Run what is not there yet."""
         for case in progress(self.who.cases, desc="streams", show=show):
-            path = self._path(case)
+            path = self.paths[case.key]
             if path is None:
                 self.held.append(self._run(case))
             elif not _whole(path):
@@ -184,12 +185,12 @@ class _Streams:
             return [h[role][layer] for h in self.held]
         out: list[Tensor] = []
         for case in self.who.cases:
-            with safe_open(str(self._path(case)), "pt") as f:
+            with safe_open(str(self.paths[case.key]), "pt") as f:
                 out.append(f.get_slice(role)[layer])
         return out
 
     def _path(self, case: Case) -> Path | None:
-        """Named after all that the rows depend on but the weights, which the folder's owner keeps apart."""
+        """Named after all that the rows depend on; of the weights, what a recipe would say of them."""
         if self.folder is None:
             return None
         policy = self.who.policy

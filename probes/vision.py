@@ -24,7 +24,7 @@ from lab.result import Result
 from lab.runs import progress
 from lab.slots import plan_of
 from probes.asking import Asked, Case, asked
-from probes.lens import ANSWER, UNITS, Measure, _measured, grid_of, on_grid, word_id
+from probes.lens import ANSWER, UNITS, Measure, _measured, grid_shared, on_grid, word_id
 from probes.streams import layers_asked
 from probes.unembedding import reading, said_by
 
@@ -55,16 +55,12 @@ def tower_lens(
         raise UsageError("this model has no vision tower")
     chosen = layers_asked(n, layers)
     who = asked(model, items, n_frames=n_frames, policy=policy, mechanisms=mechanisms, twins=False)
+    size = grid_shared(who)
     found = [
         _tower_read(who, c, spoken, measure, chosen)
         for c in progress(who.cases, desc="tower lens", show=show_progress)
     ]
-    grids = {grid_of(c.tokens) for c in who.cases}
-    if len(grids) > 1:
-        raise UsageError(
-            f"the items' videos have different grids {sorted(grids)}; ask about them one at a time"
-        )
-    grid = {a: list(range(k)) for a, k in zip(("frame", "row", "col"), grids.pop(), strict=True)}
+    grid = {a: list(range(k)) for a, k in zip(("frame", "row", "col"), size, strict=True)}
     return Result(
         values=np.stack(found), axes=("item", "word", "layer", "frame", "row", "col"),
         coords={"item": who.keys, "word": [str(w) for w in spoken] if measure != "entropy" else ["entropy"], "layer": [i + 1 for i in chosen], **grid},

@@ -246,7 +246,7 @@ def test_vocabulary_counts_what_a_cache_says() -> None:
 
 
 def test_logits_of_many_rows_never_stand_together() -> None:
-    wide, rows = 150_000, torch.randn(240, 4)
+    wide, rows = 150_000, torch.randn(130, 4)
     weight, most = torch.randn(wide, 4), []
 
     def logits(layer: int, x: torch.Tensor) -> torch.Tensor:
@@ -277,11 +277,11 @@ def test_small_pieces_say_what_large_ones_say(wrapped: Any, monkeypatch: pytest.
 
 
 def test_the_tuned_lens_beats_the_plain_one_on_other_videos(tmp_path: Any) -> None:
-    model, items = load("tiny", device="cpu", dtype="float32"), draw_items("moving_direction", 12, 0)
+    model, items = load("tiny", device="cpu", dtype="float32"), draw_items("moving_direction", 8, 0)
     made = tune(model, items, tokens="option", epochs=4, rows=200, **QUIET)
     plain, tuned = made.report.values
     assert (
-        made.report.notes["held_out_items"] == 3
+        made.report.notes["held_out_items"] == 2
         and (tuned[:5] < plain[:5]).all()
         and tuned.sum() < 0.8 * plain.sum()
     )
@@ -333,7 +333,7 @@ def test_panels_have_two_axes_or_a_strip() -> None:
         ({"tokens": "vidoe"}, "closest: video"), ({"tokens": []}, "0 token sets"), ({"words": []}, "0 words"),
         ({"words": ["no such word"]}, "not one"), ({"words": [10**6]}, "token id 1000000"), ({"measure": "q"}, "measure='q'"),
         ({"by": "pixel"}, "by='pixel'"), ({"site": "resid_pots"}, "closest: resid_post"), ({"mode": "paperr"}, "no mode"),
-        ({"layers": [0]}, "layers 1..8"), ({"layers": []}, "layers 1..8"), ({"tokens": ["video", "last"], "by": "frame"}, "one set of tokens"),
+        ({"layers": [0]}, "layers 1..8"), ({"layers": []}, "layers 1..8"), ({"by": "patch"}, "none of these tokens lies in a frame"), ({"tokens": ["video", "last"], "by": "frame"}, "one set of tokens"),
     ],
 )  # fmt: skip
 def test_what_is_unknown_is_named(asked: dict[str, Any], why: str) -> None:

@@ -257,7 +257,7 @@ def test_what_cannot_be_probed_is_named(label: Any, more: dict[str, Any], why: s
 
 def test_a_recipe_gives_the_same_numbers() -> None:
     recipe = from_plain(
-        {"kind": "probes.linear.LinearRecipe", "items": {"sim": "moving_direction", "n": 6, "seed": 2}, "label": "direction", "roles": ["option"],
+        {"kind": "probes.linear.LinearRecipe", "items": {"sim": "moving_direction", "n": 3, "seed": 2}, "label": "direction", "roles": ["option"],
          "layers": [5], "folds": 2, "shuffles": 2, "twins": True}
     )  # fmt: skip
     from lab.model.zoo import load
@@ -266,7 +266,7 @@ def test_a_recipe_gives_the_same_numbers() -> None:
     model = load("tiny", device="cpu", dtype="float32")
     again = linear(
         model,
-        draw_items("moving_direction", 6, 2),
+        draw_items("moving_direction", 3, 2),
         "direction",
         roles="option",
         layers=[5],
@@ -274,4 +274,4 @@ def test_a_recipe_gives_the_same_numbers() -> None:
         twins=True,
         **QUIET,
     )
-    assert (found.values == again.values).all() and found.notes["samples"] == {"option": 12}
+    assert (found.values == again.values).all() and found.notes["samples"] == {"option": 6}

@@ -50,7 +50,9 @@ def peak_of(work: Callable[[], Any]) -> int:
 
 def measure(layers: int, tokens: int, vocabulary: int) -> dict[str, Any]:
     """Peaks of a plain forward and of the lens (ten best words of every video token at every layer)."""
-    shape = Shape(d=64, mlp=128, layers=layers, heads=4, kv_heads=2, vocab=vocabulary, tower_d=32, tower_mlp=64)
+    shape = Shape(
+        d=64, mlp=128, layers=layers, heads=4, kv_heads=2, vocab=vocabulary, tower_d=32, tower_mlp=64
+    )
     model = wrap(build(shape))
     ready = model.prepare_inputs(**inputs(shape, -(-tokens // shape.tokens_per_frame)))
     with torch.no_grad():
