@@ -53,7 +53,8 @@ def use_our_attention(hf: nn.Module, lm: nn.Module) -> str:
     kernel = str(text_config(lm)._attn_implementation).removeprefix("lab_")
     whole: Any = hf.config
     parts = [s for s in whole.sub_configs if getattr(whole, s, None) is not None]
-    ours = {s: register(getattr(whole, s)._attn_implementation) for s in parts}
+    theirs = {s: getattr(whole, s)._attn_implementation for s in parts}
+    ours = {s: None if k is None else register(k) for s, k in theirs.items()}
     cast(Any, hf).set_attn_implementation({**ours, "text_config": register(kernel)})
     return kernel
 
