@@ -9,6 +9,8 @@ layer    decoder layer. 0-based in hook names and code, 1-based in files, the co
 frame    one sampled video frame, or one tubelet where the vision tower merges consecutive frames.
 row, col place of a video token in the grid of its frame, after any pooling or merging.
 token    one video token (pos counts everything; token counts only what the vision side made).
+patch    one row of the vision tower within its frame, before any pooling or merging (class tokens included).
+place    rank of a word among the best, from 1.
 option   answer option of a multiple-choice question, 0-based.
 window   centre layer of an attention knockout.
 metric   what a sweep reads of a run: see lab.edges.metrics. task: the benchmark's task an item belongs to.

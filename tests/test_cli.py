@@ -18,7 +18,9 @@ from lab.errors import ConfigError
 from lab.result import Result
 from tests import clips, families
 
-COMMANDS = ("demo", "ask", "trace", "sweep", "run", "tokens", "models", "doctor", "count", "policy")
+COMMANDS = (
+    "demo", "ask", "trace", "sweep", "lens", "attention", "probe", "run", "tokens", "models", "doctor", "count", "policy",
+)  # fmt: skip
 ASK = ["Which way?", "-o", "left", "-o", "right"]
 
 

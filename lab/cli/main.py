@@ -254,6 +254,90 @@ def evaluate(
     )
 
 
+Items = Annotated[
+    str,
+    typer.Option(
+        "--items",
+        metavar="FILE",
+        help='Questions: .jsonl or .yaml, or a simulator task: \'{"sim": "moving_direction", "n": 8}\'.',
+    ),
+]
+UnderPolicy = Annotated[
+    str | None,
+    typer.Option("--policy", metavar="POLICY", help="Under a policy: a file, or a preset such as 7b/strict."),
+]
+TheLayers = Annotated[
+    str | None, typer.Option("--layers", metavar="LIST", help="Layers, such as 1-4,8 (default: all).")
+]
+Site = Annotated[
+    str, typer.Option("--site", metavar="NAME", help="resid_pre, resid_mid, resid_post, attn_out or mlp_out.")
+]
+
+
+@app.command(short_help="Read the stream at every layer as if it were the last.")
+def lens(
+    items: Items, model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None,
+    tokens: Annotated[list[str] | None, typer.Option("--tokens", "-t", metavar="ROLE", help="Tokens to read: last, video, option, frame:3 ... (default last); repeat for more.")] = None,
+    word: Annotated[list[str] | None, typer.Option("--word", metavar="TEXT", help="Words to follow: answer (what the model answers, the default), right, or a word; repeat for more.")] = None,
+    measure: Annotated[str, typer.Option("--measure", metavar="NAME", help="p, logp, rank or entropy.")] = "p",
+    by: Annotated[str, typer.Option("--by", metavar="NAME", help="role, frame or patch.")] = "role",
+    site: Site = "resid_post",
+    mode: Annotated[str, typer.Option("--mode", metavar="NAME", help="normed; raw or paper: without the final norm.")] = "normed",
+    layers: TheLayers = None, policy: UnderPolicy = None,
+    paint: Annotated[int | None, typer.Option("--paint", metavar="LAYER", help="Also write the best words of this layer over the first video's frames.")] = None,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/lens",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Logit lens: what tokens would say at every layer. Writes report, picture, result and recipe to FOLDER."""
+    from lab.cli import asking, probing
+
+    def work() -> Reply:
+        over = probing.Over(items, asking.Setting(model, device, dtype, frames, None), policy, layers, out)
+        return probing.lens(over, tokens or [], word or [], measure, by, site, mode, paint)
+
+    _finish(work, as_json)
+
+
+@app.command(short_help="Where heads look, and whether it matters.")
+def attention(
+    items: Items, model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None,
+    pathway: Pathway = None, layers: TheLayers = None, policy: UnderPolicy = None,
+    causal: Annotated[bool, typer.Option("--causal/--no-causal", help="Knock the same edges out, layer by layer.")] = True,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/attention",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Share of attention by pathway, layer and head; beside it what knocking the same edges out does to the answer."""
+    from lab.cli import asking, probing
+
+    def work() -> Reply:
+        over = probing.Over(items, asking.Setting(model, device, dtype, frames, None), policy, layers, out)
+        return probing.attention(over, pathway or [], causal)
+
+    _finish(work, as_json)
+
+
+@app.command(short_help="What can be read linearly, at which layer.")
+def probe(
+    items: Items, model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None,
+    label: Annotated[str, typer.Option("--label", metavar="NAME", help="answer, letter, direction, colour, shape, count, position, time or 'next event'.")] = "answer",
+    role: Annotated[list[str] | None, typer.Option("--role", "-r", metavar="ROLE", help="Tokens to read (mean of each): video, last, frame:3, or frames: each by itself; repeat for more.")] = None,
+    site: Site = "resid_post", layers: TheLayers = None, policy: UnderPolicy = None,
+    folds: Annotated[int, typer.Option("--folds", metavar="N", help="Groups of videos held out in turn.")] = 5,
+    twins: Annotated[bool, typer.Option("--twins", help="Take every simulated item's twin too.")] = False,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of folds, shuffled labels and intervals.")] = 0,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/probe",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Linear probes with a control on shuffled labels; videos and their twins are never parted. Can be interrupted."""
+    from lab.cli import asking, probing
+
+    def work() -> Reply:
+        over = probing.Over(items, asking.Setting(model, device, dtype, frames, None), policy, layers, out)
+        return probing.linear(over, label, role or [], site, folds, twins, seed)
+
+    _finish(work, as_json)
+
+
 @app.command("run", short_help="Carry out a recipe.")
 def rerun(
     recipe: Annotated[

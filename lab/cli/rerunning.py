@@ -74,13 +74,14 @@ def difference(new: Result, old: Result) -> float:
 def write_results(results: Sequence[Result], out: Path) -> list[Path]:
     """result.npz (result_2.npz ... for further ones), report.html and flow.png in folder `out`."""
     from lab.view.draw import report, save
+    from lab.view.panels import panels
 
     names = ["result.npz", *(f"result_{i}.npz" for i in range(2, len(results) + 1))]
     written = [r.save(out / n) for r, n in zip(results, names, strict=False)]
     return [
         *written,
-        save(results[0], out / "flow.png"),
-        report(list(results), out / "report.html", title=results[0].name),
+        save(panels(results[0])[0], out / "flow.png"),
+        report([p for r in results for p in panels(r)], out / "report.html", title=results[0].name),
     ]
 
 

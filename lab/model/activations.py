@@ -142,7 +142,8 @@ def guard(cfg: Any, chosen: Sequence[str], worlds: int, pos: int, device: torch.
 
     kept  True when every layer's map is kept (a cache), False when one layer at a time exists (a hook)
     """
-    lazy = [n for n in chosen if n.endswith(LAZY)]
+    # maps of the vision tower are counted where their sizes are known: `lab.model.tower`
+    lazy = [n for n in chosen if n.endswith(LAZY) and not n.startswith("vision.")]
     if not lazy:
         return
     size = torch.finfo(cfg.dtype).bits // 8

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lab.errors import RunError, UsageError
 from lab.model.masks import base_keep, needs_mask
-from lab.model.run import CURRENT, Call, Seen, watched
+from lab.model.run import CURRENT, Call, Front, Seen, watched
 
 NEG = float("-inf")
 Kernel = Callable[..., tuple[Tensor, Any]]
@@ -48,6 +48,8 @@ class _LabAttention:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kw: Any
     ) -> tuple[Tensor, Any]:
         call = CURRENT.get()
+        if isinstance(call, Front) and call.attend is not None and module in call.towers:
+            return call.attend(self, call, module, query, key, value, attention_mask, kw)
         if not isinstance(call, Call) or call.parts.attn is not module:
             return self.plain(module)(module, query, key, value, attention_mask, **kw)
         call.run.reached.add(call.parts.index)

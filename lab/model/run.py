@@ -122,16 +122,42 @@ class AtDoor(Exception):
     """Raised to stop transformers at the door of its language model. Never leaves the front end."""
 
 
+@dataclass(frozen=True)
+class TowerAttn:
+    """The points of one tower layer's attention (see `lab.model.tower`)."""
+
+    index: int
+    points: Any
+
+
 @dataclass
 class Front:
-    """The way to the decoder's door: which points tower and connector go through, and what arrived at the door."""
+    """The way to the decoder's door: which points tower and connector go through, and what arrived at the door.
+
+    towers   attention modules of the tower; attend: what computes those that somebody looks at
+    lengths  patches of every frame of a packed tower; borders: ends of what may see each other in the layer being run
+    """
 
     after: dict[nn.Module, HookPoint]
     before: dict[nn.Module, HookPoint]
     arrived: dict[str, Any] | None = None
+    towers: dict[nn.Module, TowerAttn] = field(default_factory=dict)
+    attend: Callable[..., Any] | None = None
+    lengths: tuple[int, ...] = ()
+    every: bool = False  # points fire although no torch hook shows that somebody looks (nnsight)
+    inside: TowerAttn | None = None
+    borders: list[int] | None = None
 
     def point(self, module: nn.Module) -> HookPoint | None:
         return self.after.get(module)
+
+    def shown(self, tower: TowerAttn) -> bool:
+        """Whether the points of this attention fire."""
+        return self.every or watched(*tower.points.children())
+
+    def module_inside(self) -> nn.Module | None:
+        """The attention module being run."""
+        return next((m for m, t in self.towers.items() if t is self.inside), None)
 
 
 CURRENT: ContextVar[Call | Front | None] = ContextVar("lab_current", default=None)

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from lab.model.door import Door, capture
 from lab.model.ready import Ready
 from lab.model.run import Front, watched, written
+from lab.model.tower import attend, attentions, frame_lengths
 
 
 def see(model: Any, ready: Ready) -> Door:
     """The state at the door. When it is kept, and when not: see `VideoLLM.see`."""
-    front = _front(model)
+    front = _front(model, ready)
     keep = (
         not _wants_graph(model, ready)
         and not model.hf.training
         and not watched(*front.after.values(), *front.before.values())
+        and not any(front.shown(tower) for tower in front.towers.values())
         and not model.lock.claimed
     )
     if keep and ready.memo.get("key") == _version(model, ready):
@@ -39,7 +41,7 @@ def hand_over(model: Any, ready: Ready, door: Door) -> None:
     ready.memo.update(key=_version(model, ready), door=door, inputs=tuple(ready.inputs.values()))
 
 
-def _front(model: Any) -> Front:
+def _front(model: Any, ready: Ready) -> Front:
     tower = model.family.tower_layers(model.hf)
     points = list(model.vision)
     after = {layer: p.hook_resid_post for layer, p in zip(tower, points, strict=True)}
@@ -47,7 +49,10 @@ def _front(model: Any) -> Front:
     if connector is not None:
         after[connector] = model.connector.hook_out
     before = {layer: p.hook_resid_pre for layer, p in zip(tower, points, strict=True)}
-    return Front(after, before)
+    return Front(
+        after, before, towers=attentions(model), attend=attend, lengths=frame_lengths(ready.inputs),
+        every=model.lock.claimed,
+    )  # fmt: skip
 
 
 def _weights(model: Any) -> list[nn.Parameter]:

@@ -21,7 +21,6 @@ from lab.errors import RunError, UsageError
 from lab.model import anatomy, capturing
 from lab.model.activations import LabCache, NamesFilter, guard, wanted
 from lab.model.answering import Answer, answer
-from lab.model.attention import register
 from lab.model.cache import KVCache, LayerCache
 from lab.model.decoder import decode
 from lab.model.door import Door
@@ -47,7 +46,8 @@ from lab.model.reading import Read, rows
 from lab.model.ready import Ready
 from lab.model.run import Edges, Run
 from lab.model.seeing import see
-from lab.model.wrapping import place_hooks, use_our_attention
+from lab.model.tower import TowerBlock
+from lab.model.wrapping import make_known, place_hooks, use_our_attention
 from lab.side import Side
 from lab.slots import Hook, ModelSizes, Plan, plan_of
 
@@ -92,7 +92,7 @@ class VideoLLM(HookedRootModule):
         self.blocks = nn.ModuleList(Block(parts) for parts in self.parts)
         self.ln_final = FinalNorm(cast(Any, lm).norm)
         tower = family.tower_layers(hf)
-        self.vision = nn.ModuleList(Points("hook_resid_pre", "hook_resid_post") for _ in tower)
+        self.vision = nn.ModuleList(TowerBlock(layer) for layer in tower)
         place_hooks(hf, lm, family, self.parts)
         self.kernel = use_our_attention(hf, lm)
         self.setup()
@@ -106,7 +106,7 @@ class VideoLLM(HookedRootModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.lock, self.pruning = SharedLock(), Pruning()
-        register(self.kernel)
+        make_known(self.hf)
         capturing.make_known(self.hf)
 
     # ---- what it is -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from lab.model.anatomy import text_config
 from lab.model.attention import register
 from lab.model.families.base import Family
 from lab.model.run import LayerParts, at_door, attn_out, enter_attention, into, leave_layer, pre_rope, through
+from lab.model.tower import place_tower_hooks
 
 
 def place_hooks(hf: nn.Module, lm: nn.Module, family: Family, parts: Sequence[LayerParts]) -> None:
@@ -25,6 +26,7 @@ def place_hooks(hf: nn.Module, lm: nn.Module, family: Family, parts: Sequence[La
     for layer in family.tower_layers(hf):
         layer.register_forward_pre_hook(into, with_kwargs=True, prepend=True)
         layer.register_forward_hook(through, prepend=True)
+        place_tower_hooks(layer)
     connector = family.connector(hf)
     if connector is not None:
         connector.register_forward_hook(through, prepend=True)
@@ -47,10 +49,18 @@ def _place_on_layer(part: LayerParts) -> None:
 
 
 def use_our_attention(hf: nn.Module, lm: nn.Module) -> str:
-    """Put the lab's attention function round the decoder's kernel (the tower keeps its own); returns the kernel's name."""
+    """Put the lab's attention function round the kernels of decoder and tower; returns the name of the decoder's."""
     kernel = str(text_config(lm)._attn_implementation).removeprefix("lab_")
     whole: Any = hf.config
     parts = [s for s in whole.sub_configs if getattr(whole, s, None) is not None]
-    keep = {s: getattr(whole, s)._attn_implementation for s in parts}
-    cast(Any, hf).set_attn_implementation({**keep, "text_config": register(kernel)})
+    theirs = {s: getattr(whole, s)._attn_implementation for s in parts}
+    ours = {s: None if k is None else register(k) for s, k in theirs.items()}
+    cast(Any, hf).set_attn_implementation({**ours, "text_config": register(kernel)})
     return kernel
+
+
+def make_known(hf: nn.Module) -> None:
+    """Register the functions that a model from another process names."""
+    whole: Any = hf.config
+    for config in (whole, *(getattr(whole, s, None) for s in whole.sub_configs)):
+        register(str(getattr(config, "_attn_implementation", None) or "sdpa"))

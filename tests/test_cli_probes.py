@@ -1,0 +1,104 @@
+"""`vlab lens`, `vlab attention`, `vlab probe`: what they write, that `vlab run` gives it again, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lab.cli import main as cli
+from lab.cli.probing import _layers
+from lab.errors import UsageError
+from lab.result import Result
+
+ITEMS = '{"sim": "moving_direction", "n": 2, "seed": 4}'
+
+
+def vlab(capsys: Any, *args: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = cli.main(args)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_lens_writes_and_run_gives_it_again(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "lens"
+    policy = tmp_path / "cut.yaml"
+    policy.write_text("format: edge-policy/1\ncuts:\n- {layers: 1-8, q: option, k: video}\n")
+    common = [
+        "lens",
+        "--items",
+        ITEMS,
+        "-t",
+        "last",
+        "-t",
+        "option",
+        "--layers",
+        "2,7-8",
+        "--policy",
+        str(policy),
+    ]
+    code, said, _ = vlab(capsys, *common, "--paint", "8", "-o", str(folder), "--json")
+    data = json.loads(said)
+    assert code == 0 and {Path(f).name for f in data["files"]} == {
+        "result.npz",
+        "report.html",
+        "flow.png",
+        "recipe.yaml",
+        "words.png",
+    }
+    assert all(Path(f).stat().st_size > 100 for f in data["files"])
+    found = Result.load(folder / "result.npz")
+    assert found.axes == ("item", "word", "layer", "role") and found.coords["layer"] == [2, 7, 8]
+    code, said, _ = vlab(capsys, "run", str(folder / "recipe.yaml"), "--json")
+    assert code == 0 and json.loads(said)["max_difference"] == 0
+
+
+def test_attention_writes_both_results(tmp_path: Path, capsys: Any) -> None:
+    items = '{"sim": "moving_direction", "n": 1}'
+    code, said, _ = vlab(
+        capsys, "attention", "--items", items, "-p", "video->last", "--layers", "6", "-o", str(tmp_path)
+    )
+    assert code == 0 and "result_2.npz" in said
+    assert Result.load(tmp_path / "result_2.npz").unit == "% change in probability"
+
+
+def test_probe_writes_and_keeps_no_streams(tmp_path: Path, capsys: Any) -> None:
+    code, said, _ = vlab(
+        capsys, "probe", "--items", '{"sim": "moving_direction", "n": 6}', "--label", "direction", "-r", "option", "--layers", "5",
+        "--folds", "2", "-o", str(tmp_path),
+    )  # fmt: skip
+    assert code == 0 and "linear probe: direction" in said
+    found = Result.load(tmp_path / "result.npz")
+    assert found.shape == (3, 1, 1) and np.isfinite(found.values).all()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["lens", "--items", ITEMS, "--by", "pixel"], "by: "), (["lens", "--items", ITEMS, "-t", "vidoe"], "closest: video"),
+        (["lens", "--items", ITEMS, "--paint", "9"], "layers 1..8"), (["lens", "--items", ITEMS, "--layers", "a-b"], "--layers 'a-b'"),
+        (["lens", "--items", "no/such.jsonl"], "no such file"), (["attention", "--items", ITEMS, "-p", "x"], "pathway 'x'"),
+        (["probe", "--items", ITEMS, "--label", "q"], "no label 'q'"), (["probe", "--items", ITEMS, "--label", "direction"], "5 folds need"),
+        (["lens", "--items", ITEMS, "--policy", "nope"], "nope"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_line(args: list[str], why: str, tmp_path: Path, capsys: Any) -> None:
+    code, said, error = vlab(capsys, *args, "-o", str(tmp_path / "out"))
+    assert (
+        code in (2, 3)
+        and said == ""
+        and why in error
+        and error.startswith("vlab: ")
+        and error.count("vlab:") == 1
+    )
+
+
+def test_layers_as_people_write_them() -> None:
+    assert _layers("1-3,8") == (1, 2, 3, 8) and _layers(None) is None
+    with pytest.raises(UsageError, match="give layers such as"):
+        _layers("1-")
