@@ -12,11 +12,12 @@ from torch import Tensor
 from lab.patch.doors import first_deep
 from lab.patch.edits import Edit
 from lab.patch.points import check_heads
-from lab.patch.sites import EMBED, MAPS, STATE, hook_name, layers_with
+from lab.patch.sites import EMBED, KV_HEADS, MAPS, STATE, hook_name, layers_with
 from lab.patch.stored import Stored
 
 Heads = tuple[int, ...] | None
 BEFORE, AFTER, DEEP = (EMBED, "resid_pre"), ("resid_post",), "deep"
+PARTS = ("before", "keys", "inside", "after")
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Write:
 class Cell:
     """One set of edits.
 
-    before, inside, after   bool [pos] per layer: rows written on the stream entering it, in it, on the stream leaving it
+    before, keys, inside, after   bool [pos] per layer: rows written on the stream entering it; whose keys or values are
+                            written; written elsewhere in it; written on the stream leaving it
     """
 
     writes: tuple[Write, ...]
     before: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
     inside: tuple[Tensor, ...]
     after: tuple[Tensor, ...]
 
@@ -72,11 +75,16 @@ def cell_of(model: Any, edits: Sequence[Edit], base: Stored, others: Mapping[str
     """Resolve a set of edits. Of several edits of one row the last holds, as in the reference."""
     writes = tuple(w for e in edits for w in _writes(model, e, base, others, tokens))
     n, layers = base.store.n_pos, base.store.n_layers
-    marks = {part: [torch.zeros(n, dtype=torch.bool) for _ in range(layers)] for part in ("before", "inside", "after")}
+    marks = {part: [torch.zeros(n, dtype=torch.bool) for _ in range(layers)] for part in PARTS}
     for w in (w for w in writes if w.site != DEEP):  # those rows are written on the stream before
-        part = "before" if w.site in BEFORE else "after" if w.site in AFTER else "inside"
-        marks[part][w.layer][w.rows] = True
-    return Cell(writes, *(tuple(marks[p]) for p in ("before", "inside", "after")))
+        marks[_part(w.site)][w.layer][w.rows] = True
+    return Cell(writes, *(tuple(marks[p]) for p in PARTS))
+
+
+def _part(site: str) -> str:
+    if site in KV_HEADS:
+        return "keys"
+    return "before" if site in BEFORE else "after" if site in AFTER else "inside"
 
 
 def _writes(model: Any, edit: Edit, base: Stored, others: Mapping[str, Stored], tokens: Any) -> list[Write]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,22 @@ from lab.patch.edits import Edit
 from lab.patch.sites import MAPS, hook_name, layers_with, n_heads
 from lab.side import Side
 
-# (hook point, world) -> (source positions of the rows, the values that passed)
-Held = dict[tuple[str, str], tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class Passed:
+    """What passed a hook point: `value` [world, ...] of the whole pass, the place of one world in it, its rows' positions."""
+
+    order: Tensor
+    value: Tensor
+    at: int
+
+    @property
+    def own(self) -> Tensor:
+        """The one world's value."""
+        return self.value[self.at]
+
+
+Held = dict[tuple[str, str], Passed]  # by hook point and world
 
 
 class Order:
@@ -53,7 +68,7 @@ class Point:
     def __call__(self, value: Tensor, hook: Any) -> Tensor | None:
         order = self.order.here(value.shape[2 if self.site in MAPS else 1])
         for world in self.keep & set(self.worlds):
-            self.held[(self.name, world)] = (order, value[self.worlds.index(world)])
+            self.held[(self.name, world)] = Passed(order, value, self.worlds.index(world))
         if not self.edits:
             return None
         new = value.clone()
@@ -62,22 +77,22 @@ class Point:
             new[at] = edited(new[at], value[at], edit, rows, order, self._theirs(edit))
         return new
 
-    def _theirs(self, edit: Edit) -> tuple[Tensor, Tensor] | None:
+    def _theirs(self, edit: Edit) -> Passed | None:
         return None if edit.source is None else self.held[(self.name, edit.source)]
 
 
 def edited(
-    now: Tensor, own: Tensor, edit: Edit, rows: Tensor, order: Tensor, theirs: tuple[Tensor, Tensor] | None
+    now: Tensor, own: Tensor, edit: Edit, rows: Tensor, order: Tensor, theirs: Passed | None
 ) -> Tensor:
     """The world's values after one edit. Rows that one of the worlds has dropped on the way stay as they are.
 
     now    values so far, after edits before this one; own: as they arrived. [pos, ...], or [head, q, k]
-    order  source positions of the rows; theirs: positions and values of the source world
+    order  source positions of the rows; theirs: what passed in the source world
     """
     is_map = edit.site in MAPS
     rows = rows[torch.isin(rows, order)]
     if theirs is not None:
-        rows = rows[torch.isin(rows, theirs[0])]
+        rows = rows[torch.isin(rows, theirs.order)]
     at = torch.searchsorted(order, rows).to(now.device)
     if is_map:
         now, own = now.transpose(0, 1), own.transpose(0, 1)  # [q, head, k]
@@ -92,10 +107,9 @@ def edited(
     return out.transpose(0, 1) if is_map else out
 
 
-def _taken(theirs: tuple[Tensor, Tensor], rows: Tensor, is_map: bool) -> Tensor:
-    order, value = theirs
-    value = value.transpose(0, 1) if is_map else value
-    return value[torch.searchsorted(order, rows).to(value.device)]
+def _taken(theirs: Passed, rows: Tensor, is_map: bool) -> Tensor:
+    value = theirs.own.transpose(0, 1) if is_map else theirs.own
+    return value[torch.searchsorted(theirs.order, rows).to(value.device)]
 
 
 def points_of(

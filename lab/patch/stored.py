@@ -16,9 +16,8 @@ from lab.model import anatomy
 from lab.model.cache import KVCache, LayerCache
 from lab.model.decoder import decode
 from lab.model.door import Door
-from lab.model.ready import Ready
 from lab.model.run import Edges, Run
-from lab.patch.doors import arrived, edges_of
+from lab.patch.doors import edges_of
 from lab.side import Side
 
 
@@ -36,9 +35,10 @@ class Stored:
     values: dict[str, Tensor]
 
 
-def why_not_stored(model: Any, ready: Ready, policy: Any) -> str:
+def why_not_stored(worlds: Any, world: str) -> str:
     """Why runs of this world cannot be continued from a stored one; "" if they can."""
-    door, tokens = arrived(model, ready)
+    model, ready, policy = worlds.model, worlds.ready[world], worlds.policy
+    door, tokens = worlds.arrive(world)
     if policy is not None:
         if not callable(getattr(policy, "masks", None)):
             return f"a {type(policy).__name__} does not say its cuts as masks"
@@ -49,15 +49,16 @@ def why_not_stored(model: Any, ready: Ready, policy: Any) -> str:
     return why_not(model, ready, door)
 
 
-def stored(model: Any, ready: Ready, policy: Any, points: Sequence[str]) -> Stored:
+def stored(worlds: Any, world: str, points: Sequence[str]) -> Stored:
     """Run the world once and keep what edits need. `why_not_stored` must have nothing against it."""
+    model, ready, policy = worlds.model, worlds.ready[world], worlds.policy
     values: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: Any) -> None:
         values[hook.name] = value[0].clone()
 
     with model.hooks([(p, keep) for p in points]), model.lock.shared():
-        door, tokens = arrived(model, ready)
+        door, tokens = worlds.arrive(world)
         door = Door(model.embed.hook_out(door.embeds), door.rope, door.pad, door.deep)
         edges = edges_of(model, policy, [ready], [tokens])
         stream, cache = _recorded(model, door, edges)

@@ -34,7 +34,7 @@ def evaluate(
     reason = ""
     if executor == "fast":
         sources = list(dict.fromkeys(e.source for cell in cells for e in cell if e.source is not None))
-        found = (why_not_stored(worlds.model, worlds.ready[w], worlds.policy) for w in (into, *sources))
+        found = (why_not_stored(worlds, w) for w in (into, *sources))
         reason = next((r for r in (*(why_not_cell(c) for c in cells), *found) if r), "")
         if not reason:
             return *_fast(worlds, cells, into, sources, n_rows), ""
@@ -70,7 +70,7 @@ def _taken_from(worlds: Any, cells: Sequence[Sequence[Any]]) -> dict[str, list[s
 def _fast(
     worlds: Any, cells: Sequence[Sequence[Any]], into: str, sources: Sequence[str], n_rows: int
 ) -> tuple[Tensor, Ledger]:
-    model, policy = worlds.model, worlds.policy
+    model = worlds.model
     taken = _taken_from(worlds, cells)
     own = {
         hook_name(e.site, i)
@@ -79,8 +79,8 @@ def _fast(
         if e.source is None
         for i in layers_with(model, e.site, e.layers)
     }
-    base = stored(model, worlds.ready[into], policy, sorted(own))
-    others = {w: stored(model, worlds.ready[w], policy, taken[w]) for w in sources}
+    base = stored(worlds, into, sorted(own))
+    others = {w: stored(worlds, w, taken[w]) for w in sources}
     tokens = base.store.side.tokens[0]
     worlds.check({into: tokens, **{w: o.store.side.tokens[0] for w, o in others.items()}})
     made = [cell_of(model, cell, base, others, tokens) for cell in cells]
@@ -119,9 +119,9 @@ def _job(place: int, cell: Cell, live: Sequence[Tensor]) -> _Job | None:
     full: list[Tensor] = []
     for layer in range(len(live) - 1):
         dirty = dirty | cell.before[layer]
-        forced = dirty | cell.inside[layer]
-        after = (forced.cumsum(0) > 0) | cell.after[layer]  # every later row may read one that differs
-        run = (after & live[layer + 1]) | (forced & live[layer])
+        read = dirty | cell.keys[layer]
+        after = (read.cumsum(0) > 0) | cell.inside[layer] | cell.after[layer]  # later rows may read one that differs
+        run = (after & live[layer + 1]) | (read & live[layer])
         at = run.nonzero().squeeze(1)
         rows.append(at)
         full.append((after & live[layer + 1])[at])
@@ -242,7 +242,7 @@ def _layer(model: Any, base: Stored, layer: int, pack: _Pack, jobs: Sequence[_Jo
     with model.hooks(hooks) if hooks else model.lock.shared():
         packed: Any = run.attend
         packed.groups = pack.groups
-        if bool(pack.full.all()) or not _tails(pack) or any("hook_z" in n or "hook_q" in n or "rot_q" in n for n, _ in hooks):
+        if hooks or bool(pack.full.all()) or not _tails(pack):
             return _step(model, base, layer, pack.pos, resid, run)
         return _last_rows(model, base, layer, pack, resid, run)
 

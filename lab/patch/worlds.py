@@ -25,6 +25,7 @@ from lab.model.run import Run
 from lab.patch.doors import arrived, edges_of, joined, unlike, with_deep_taken
 from lab.patch.edits import Edit
 from lab.patch.points import Held, Order, Point, points_of
+from lab.patch.sites import EMBED
 from lab.runs import Ledger
 from lab.slots import Plan, plan_of
 
@@ -33,29 +34,38 @@ from lab.slots import Plan, plan_of
 class Worlds:
     """Prompts of one layout on one model. Make them with `Worlds.of`; the order of the names is the order of the batch.
 
-    ledger  what `evaluate` has cost so far, in forwards of one world
+    standing  edits of the embeddings (noise, means) that hold in every run: how a world is corrupted without a twin
+    ledger    what `evaluate` has cost so far, in forwards of one world
+    reason    why the last `evaluate` took the reference way although "fast" was asked; "" if it did not
     """
 
     model: Any
     ready: dict[str, Ready]
     policy: Any = None
+    standing: tuple[Edit, ...] = ()
     ledger: Ledger = Ledger()
+    reason: str = ""
 
     @classmethod
     def of(
-        cls, model: Any, *, policy: Any = None, mechanisms: Sequence[Any] = (), n_frames: int | None = None, **worlds: Any,
+        cls, model: Any, *, policy: Any = None, mechanisms: Sequence[Any] = (), n_frames: int | None = None,
+        standing: Sequence[Edit] = (), **worlds: Any,
     ) -> Worlds:  # fmt: skip
         """Worlds by name: each a VideoQA, a Ready of one world, or a processor's tensors.
 
         policy      cuts that hold in every world (`lab.edges.Policy`); an open `model.pruned` counts
         mechanisms  act in every world
+        standing    noise or means at "embed" that hold in every run
         Raises UsageError, with the reason, for worlds whose positions do not correspond.
         """
         if len(worlds) < 2:
             raise UsageError(f"patching needs at least two worlds, got {len(worlds)}: clean=..., corrupted=...")
         ready = {n: _ready(model, w, n_frames, mechanisms) for n, w in worlds.items()}
-        made = cls(model, ready, model.pruning.chosen(policy))
+        made = cls(model, ready, model.pruning.chosen(policy), tuple(standing))
+        made._check(standing)
         made.check({n: r.maps[0] for n, r in ready.items()})
+        if any(e.site != EMBED or e.source is not None for e in standing):
+            raise UsageError("standing edits are noise or means at site 'embed'")
         return made
 
     def check(self, maps: Mapping[str, Any]) -> None:
@@ -77,6 +87,17 @@ class Worlds:
         if world not in self.ready:
             raise UsageError(f"no world {world!r}; there are {', '.join(self.ready)}")
         return world
+
+    def arrive(self, world: str) -> tuple[Door, Any]:
+        """The state at the door of a world, standing edits made, before `embed.hook_out`; and its token map."""
+        ready = self.ready[self._known(world)]
+        door, tokens = arrived(self.model, ready)
+        for edit in (e for e in self.standing if e.into == world):
+            rows = edit.rows(tokens, ready.item)
+            embeds = door.embeds.clone()
+            embeds[0, rows.to(embeds.device)] = edit.values(embeds[0], rows.to(embeds.device), None).to(embeds)
+            door = replace(door, embeds=embeds)
+        return door, tokens
 
     # ---- run --------------------------------------------------------------------------------------------------------
 
@@ -122,7 +143,7 @@ class Worlds:
         if not any(d.deep for d in here):
             return here
         some = [e for e in edits if e.source is not None]
-        all_doors = doors | {w: arrived(self.model, self.ready[w])[0] for e in some for w in (e.source, e.into) if w not in doors and w}
+        all_doors = doors | {w: self.arrive(w)[0] for e in some for w in (e.source, e.into) if w not in doors and w}
         done = with_deep_taken(all_doors, some, lambda e: e.rows(maps.get(e.into, self.tokens(e.into)), self.ready[e.into].item))
         return [done[name] for name in doors]
 
@@ -130,7 +151,7 @@ class Worlds:
         self, worlds: Sequence[str], ready: Sequence[Ready], edits: Sequence[Edit], points: Sequence[Point], order: Order,
         read: Read,
     ) -> Tensor:  # fmt: skip
-        came = [arrived(self.model, r) for r in ready]
+        came = [self.arrive(w) for w in worlds]
         doors, maps = [door for door, _ in came], [m for _, m in came]
         self.check(dict(zip(worlds, maps, strict=True)))
         items = {w: r.item for w, r in zip(worlds, ready, strict=True)}
@@ -169,8 +190,6 @@ class Worlds:
         out, spent, self.reason = evaluate(self, cells, into, executor, n_rows)
         self.ledger = self.ledger + spent
         return out
-
-    reason: str = ""
 
     def _check(self, edits: Sequence[Edit], only: str | None = None) -> None:
         for edit in edits:
