@@ -49,7 +49,7 @@ def why_not_stored(worlds: Any, world: str) -> str:
     return why_not(model, ready, door)
 
 
-def stored(worlds: Any, world: str, points: Sequence[str]) -> Stored:
+def stored_run(worlds: Any, world: str, points: Sequence[str]) -> Stored:
     """Run the world once and keep what edits need. `why_not_stored` must have nothing against it."""
     model, ready, policy = worlds.model, worlds.ready[world], worlds.policy
     values: dict[str, Tensor] = {}

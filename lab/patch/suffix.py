@@ -22,7 +22,7 @@ from lab.model.run import Call, Run
 from lab.patch.cells import Cell, cell_of, why_not_cell
 from lab.patch.points import Held
 from lab.patch.sites import hook_name, layers_with
-from lab.patch.stored import Stored, logits_of, stored, why_not_stored
+from lab.patch.stored import Stored, logits_of, stored_run, why_not_stored
 from lab.runs import Ledger
 from lab.side import Side
 
@@ -79,8 +79,8 @@ def _fast(
         if e.source is None
         for i in layers_with(model, e.site, e.layers)
     }
-    base = stored(worlds, into, sorted(own))
-    others = {w: stored(worlds, w, taken[w]) for w in sources}
+    base = stored_run(worlds, into, sorted(own))
+    others = {w: stored_run(worlds, w, taken[w]) for w in sources}
     tokens = base.store.side.tokens[0]
     worlds.check({into: tokens, **{w: o.store.side.tokens[0] for w, o in others.items()}})
     made = [cell_of(model, cell, base, others, tokens) for cell in cells]
