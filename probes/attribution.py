@@ -13,14 +13,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lab.adapters.captum import COMPLETE, SMALL, Attribution, Forward, arrived, complete_gradients, layer_integrated_gradients, refuse_zero
+from lab.adapters.captum import (
+    COMPLETE,
+    SMALL,
+    Attribution,
+    Forward,
+    arrived,
+    complete_gradients,
+    layer_integrated_gradients,
+    refuse_zero,
+)
 from lab.adapters.captum_pixels import Pixels
 from lab.adapters.captum_players import Coalitions, ablation, infidelity, occlusion, shapley
 from lab.errors import LabWarning, UsageError
@@ -402,7 +410,7 @@ def _at_connector(case: _Case) -> tuple[np.ndarray, list[str] | None, dict[str, 
 
 
 def _ready(model: Any, item: Any, n_frames: int, mechanisms: Sequence[Any]) -> Ready:
-    if isinstance(item, Ready) or isinstance(item, dict):
+    if isinstance(item, Ready | dict):
         ready = item if isinstance(item, Ready) else model.prepare_inputs(**item)
         ready = replace(ready, plan=ready.plan + plan_of(mechanisms, model.sizes))
     else:

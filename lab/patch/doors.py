@@ -56,12 +56,13 @@ def _joined_pad(doors: Sequence[Door]) -> Tensor | None:
 def with_deep_taken(doors: Mapping[str, Door], edits: Sequence[Edit], rows: Callable[[Edit], Tensor]) -> dict[str, Door]:
     """The doors with DeepStack additions that rows bring along when a whole state is taken (see `take`)."""
     deep = {name: [x.clone() for x in door.deep] for name, door in doors.items()}
-    for edit in sorted(edits, key=lambda e: (e.layers or (0,))[0]):
-        if edit.source is None or edit.site not in STATE:
-            continue
-        at = rows(edit)
-        for later in range(first_deep(edit), len(deep[edit.into])):
-            deep[edit.into][later][:, at] = deep[edit.source][later][:, at]
+    taken = [e for e in edits if e.source is not None and e.site in STATE]
+    for layer in sorted({first_deep(e) for e in taken}):
+        came = {name: [x.clone() for x in held] for name, held in deep.items()}  # edits of one layer see what came there
+        for edit in (e for e in taken if first_deep(e) == layer):
+            at = rows(edit)
+            for later in range(layer, len(deep[edit.into])):
+                deep[edit.into][later][:, at] = came[str(edit.source)][later][:, at]
     return {name: replace(door, deep=tuple(deep[name])) for name, door in doors.items()}
 
 

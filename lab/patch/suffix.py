@@ -8,6 +8,7 @@ Equal to the reference up to rounding.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -272,10 +273,8 @@ def _last_rows(model: Any, base: Stored, layer: int, pack: _Pack, resid: Tensor,
         taken.append((key, value))
         raise _KeysKnown
 
-    try:
+    with contextlib.suppress(_KeysKnown):
         _step(model, base, layer, pack.pos, resid, Run(attend=take_keys))
-    except _KeysKnown:
-        pass
     at = pack.full.nonzero().squeeze(1).to(resid.device)
     if len(at):
         run.attend = _Tail(packed, taken[0], pack)
