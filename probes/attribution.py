@@ -110,6 +110,7 @@ def attribute(
     given = _listed(items)
     policy = model.pruning.chosen(policy)
     ready = [_ready(model, i, n_frames, mechanisms) for i in given]
+    against = corrupting.usual(ready) if against is None else against
     others = _baselines(model, ready, against, given, n_frames, mechanisms)
     cases = list(zip(_keys(ready), ready, others, strict=True))
     rows = [_row(model, *case, what, policy) for case in progress(cases, desc="attribution", show=show_progress, cancel=cancel)]
@@ -207,7 +208,7 @@ class _Case:
             return float(self.scored.at(self.forward.door, world)[0]), float(self.scored.at(self.base, world)[0])
 
     def game(self, members: Tensor) -> Coalitions:
-        return Coalitions(self.scored, self.forward, self.base, members, batch=self.what.batch)
+        return Coalitions(self.scored, self.forward.door, self.base, members, batch=self.what.batch)
 
 
 @dataclass(frozen=True)
@@ -426,8 +427,6 @@ def _baselines(
     """The other world of every item, prepared; for "mean" the mean video embedding, [d_model]."""
     if isinstance(against, list | tuple) and len(against) != len(ready):
         raise UsageError(f"{len(against)} baselines for {len(ready)} items; give one each")
-    if against is None:
-        against = corrupting.usual(ready)
     if against == "noise":
         raise UsageError("noise is no baseline; use 'twin', 'reversed', 'blank' or 'mean'")
     if against == "zero":

@@ -29,7 +29,7 @@ from lab.patch.edits import Edit, take
 from lab.patch.gradients import attribution_patch
 from lab.patch.metrics import BASELINES, UNITS, Metric, Score, answers_of
 from lab.patch.paths import SHADOW, token_path
-from lab.patch.sites import EMBED, hook_name, n_heads
+from lab.patch.sites import EMBED, check_site, hook_name, n_heads
 from lab.patch.worlds import Worlds
 from lab.recipe import ItemsSpec, ModelSpec, Recipe
 from lab.result import Result
@@ -132,8 +132,9 @@ def patching(
     Returns a Result with axes (item, layer, frame | role | head); layers 1-based. `notes` holds the answers and scores
     of both worlds and the ledger. Raises UsageError for worlds whose tokens do not correspond, with the reason.
     """
-    setup = Setup(into, against, metric, n_frames, model.pruning.chosen(policy), tuple(mechanisms), executor, window)
     given = _listed(items)
+    setup = Setup(into, _against(given, against), metric, n_frames, model.pruning.chosen(policy), tuple(mechanisms), executor, window)
+    check_site(site)
     axis = by if isinstance(by, str) else "role"
     if axis not in get_args(By):
         raise UsageError(f"by={by!r}; use one of {', '.join(get_args(By))}, or a list of segments")
@@ -159,7 +160,8 @@ def path_patching(
     via     "kv", "k" (where they look) or "v" (what they find there); head: query heads of the receivers, None: all
     The rest as in `patching`. Returns a Result with axes (item, path, layer). One batched pass of three worlds a point.
     """
-    setup = Setup(into, against, metric, n_frames, model.pruning.chosen(policy), tuple(mechanisms), "reference", window)
+    given = _listed(items)
+    setup = Setup(into, _against(given, against), metric, n_frames, model.pruning.chosen(policy), tuple(mechanisms), "reference", window)
     ends = [_ends(p) for p in paths]
     if not ends:
         raise UsageError("no paths given; write 'video->last' or the like")
@@ -174,7 +176,7 @@ def path_patching(
         ]
         return list(paths), (torch.stack([worlds.run(p)[at, -1] for p in points]), n)
 
-    rows = list(_rows(model, _listed(items), setup, grid, None, None, cancel, show_progress, "path patching", shadow=True))
+    rows = list(_rows(model, given, setup, grid, None, None, cancel, show_progress, "path patching", shadow=True))
     made = _result(rows, "path", setup, "path patching", {"via": via, "window": window}, None)
     return Result(
         np.moveaxis(made.values, 1, 2), ("item", "path", "layer"), made.coords, made.unit, {}, made.name, made.notes,
@@ -195,7 +197,8 @@ def attribution_patching(
     """
     if metric == "flip":
         raise UsageError("'flip' has no gradient; use 'recovered', 'logit_diff' or 'probability'")
-    setup = Setup(into, against, metric, n_frames, model.pruning.chosen(policy), tuple(mechanisms))
+    given = _listed(items)
+    setup = Setup(into, _against(given, against), metric, n_frames, model.pruning.chosen(policy), tuple(mechanisms))
     found: list[tuple[Any, Any]] = []
 
     def grid(worlds: Worlds, score: Score) -> tuple[list[Any], Any]:
@@ -209,7 +212,7 @@ def attribution_patching(
             found.append((values, score(logits).cpu() - _start(score)))
         return list(columns), (values + _start(score), len(layers))
 
-    rows = list(_rows(model, _listed(items), setup, grid, None, None, cancel, show_progress, "attribution patching", scored=True))
+    rows = list(_rows(model, given, setup, grid, None, None, cancel, show_progress, "attribution patching", scored=True))
     axis = by if isinstance(by, str) else "role"
     notes = {"site": site, "by": by, **({"against_exact": _error(found)} if exact else {})}
     return _result(rows, axis, setup, "attribution patching", notes, None)
@@ -342,7 +345,7 @@ def _result(rows: Sequence[_Row], axis: str, setup: Setup, name: str, notes: dic
         unit=UNITS[setup.metric], recipe=recipe.plain() if recipe else {}, name=name, baseline=BASELINES[setup.metric],
         notes={
             **notes, "into": setup.into, "metric": setup.metric, "ledger": spent.plain(),
-            "against": setup.against if isinstance(setup.against, str | None) else "given",
+            "against": setup.against if isinstance(setup.against, str) else "given",
             "worlds": {r.key: {k: v for k, v in r.notes.items() if k != "reason"} for r in rows},
             "fallbacks": sorted({r.notes["reason"] for r in rows} - {""}),
         },
@@ -362,10 +365,14 @@ def _listed(items: Any) -> list[Any]:
     return given
 
 
+def _against(items: Sequence[Any], against: Any) -> Any:
+    return corrupting.usual(items) if against is None else against
+
+
 def _others(items: Sequence[Any], against: Any) -> list[Any]:
     """The corrupted world, or its name, for every item."""
-    if against is None or isinstance(against, str):
-        return [against or corrupting.usual(items)] * len(items)
+    if isinstance(against, str):
+        return [against] * len(items)
     given = list(against) if isinstance(against, list | tuple) else [against]
     if len(given) != len(items):
         raise UsageError(f"{len(given)} worlds to compare with for {len(items)} items; give one each")

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lab.adapters.captum import Forward
 from lab.errors import UsageError
 from lab.model.door import Door
 
@@ -25,13 +24,13 @@ EXACT = 10  # with more players, Shapley values are sampled
 class Coalitions:
     """(shares [row, *shape]) -> output [row]: every player's tokens are `share` theirs and the rest the baseline's.
 
-    forward   the decoder from its door, with one number a row
-    base      the door of the baseline, DeepStack additions included
+    forward      the decoder from its door, with one number a row: forward.at(door, world)
+    door, base   the doors of question and baseline, one world each, DeepStack additions included
     players   bool [player, pos]; tokens of no player stay what they are
     runs      decoder rows computed so far
     """
 
-    def __init__(self, forward: Any, door: Forward, base: Door, players: Bool[Tensor, "player pos"], *, batch: int = 32) -> None:
+    def __init__(self, forward: Any, door: Door, base: Door, players: Bool[Tensor, "player pos"], *, batch: int = 32) -> None:
         if base.embeds.shape != door.embeds.shape:
             raise UsageError(
                 f"the baseline is {tuple(base.embeds.shape)} at the door, the question {tuple(door.embeds.shape)}"
@@ -57,7 +56,7 @@ class Coalitions:
         """Decoder runs of coalitions [row, player]."""
         self.runs += len(shares)
         keep = self._kept(shares).to(self.door.embeds)[..., None]
-        x = self.door.door
+        x = self.door
         deep = tuple(a * keep + b * (1 - keep) for a, b in zip(x.deep, self.base.deep, strict=True))
         rows = len(shares)
         rope = x.rope if x.rope.ndim == 2 else x.rope.expand(-1, rows, -1)
