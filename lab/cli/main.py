@@ -338,6 +338,73 @@ def probe(
     _finish(work, as_json)
 
 
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="NAME",
+        help="The other world: twin, reversed, blank, noise, mean (default: twin, else reversed).",
+    ),
+]
+
+
+@app.command(short_help="Patch activations between a video and its twin.")
+def patch(
+    items: Items, model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None,
+    by: Annotated[str, typer.Option("--by", metavar="NAME", help="Columns of the grid: frame, role or head.")] = "frame",
+    site: Annotated[str, typer.Option("--site", metavar="NAME", help="Where values are taken: resid_pre, z, mlp_out ...")] = "resid_pre",
+    role: Annotated[str | None, typer.Option("--role", metavar="NAME", help="Only these tokens, e.g. video, last.")] = None,
+    window: Annotated[int | None, typer.Option("--window", "-w", metavar="K", help="Patch K layers at a time (default 1).")] = None,
+    into: Annotated[str, typer.Option("--into", metavar="WORLD", help="corrupted: restore the answer; clean: undo it.")] = "corrupted",
+    against: Against = None,
+    metric: Annotated[str, typer.Option("--metric", metavar="NAME", help="recovered, logit_diff, probability or flip.")] = "recovered",
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/patch",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Run questions with another video's activations, layer by layer: where does the answer follow? Can be interrupted."""
+    from lab.cli import asking, patching
+
+    def work() -> Reply:
+        asked = {"site": site, "role": role, "into": into, "against": against, "metric": metric}
+        return patching.patch_items(
+            items, asking.Setting(model, device, dtype, frames, None), by, window, asked, out
+        )
+
+    _finish(work, as_json)
+
+
+@app.command(short_help="What each frame or patch is worth for the answer.")
+def attribute(
+    items: Items, model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None,
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help="shapley, ablation, occlusion, ig or gradient_shap.")] = "shapley",
+    place: Annotated[str, typer.Option("--at", metavar="NAME", help="Of gradients: embed, pixels, connector, resid_pre, z, pattern ...")] = "embed",
+    layer: Annotated[int | None, typer.Option("--layer", metavar="N", min=1, help="The layer of resid_pre, z, ...: 1 is the first.")] = None,
+    players: Annotated[str, typer.Option("--players", metavar="NAME", help="frames, tubelets, tokens or objects.")] = "frames",
+    against: Against = None,
+    target: Annotated[str | None, typer.Option("--target", metavar="TEXT", help="'generated', or a text (default: the answer).")] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="NAME", help="logit_diff, logit or logprob.")] = None,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/attribute",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """How much of the answer each frame, block or patch of the video is worth, against a baseline video."""
+    from lab.cli import asking, patching
+
+    def work() -> Reply:
+        asked = {
+            "method": method,
+            "place": place,
+            "players": players,
+            "against": against,
+            "target": target,
+            "output": output,
+        }
+        return patching.attribute_items(
+            items, asking.Setting(model, device, dtype, frames, None), layer, asked, out
+        )
+
+    _finish(work, as_json)
+
+
 @app.command("run", short_help="Carry out a recipe.")
 def rerun(
     recipe: Annotated[

@@ -10,7 +10,7 @@ from typing import Any
 
 from lab.cli.asking import Setting
 from lab.cli.output import Reply, table
-from lab.cli.sweeps import _source
+from lab.cli.sweeps import source_of
 from lab.errors import UsageError
 
 HEAD = ("policy", "accuracy", "drop", "<=", "flips", "KL", "kept", "live", "of video")
@@ -39,8 +39,8 @@ def prune(
     folder = Path(out).with_suffix("")
     model = setting.load()
     recipe = PruneRecipe(
-        model=ModelSpec(**(model.spec or {})), items=_source(items), n_frames=setting.frames or 8,
-        holdout=None if holdout is None else _source(holdout), budget=BudgetSpec(**budget), **options,
+        model=ModelSpec(**(model.spec or {})), items=source_of(items), n_frames=setting.frames or 8,
+        holdout=None if holdout is None else source_of(holdout), budget=BudgetSpec(**budget), **options,
     )  # fmt: skip
     journal = folder / f"journal-{recipe.id}"
     found = recipe.prune(model=model, out=journal)
@@ -83,7 +83,7 @@ def evaluate(
 
     model = setting.load()
     chosen = find(policy, model.cfg.n_layers)
-    source = _source(items)
+    source = source_of(items)
     held = load_items(source.model_dump(mode="json"))
     folder = None if out is None else Path(out)
     found = measure(

@@ -42,7 +42,7 @@ def sweep_items(asked: Asked, setting: Setting) -> Reply:
 
     _check(asked, setting)
     folder = Path(asked.out)
-    source = _source(asked.items, asked.video_root)
+    source = source_of(asked.items, asked.video_root)
     model = setting.load()
     recipe = _recipe(asked, setting, source, model)
     results = resumable(recipe, folder, model=model, executor=asked.executor)
@@ -133,7 +133,7 @@ def _pairs(text: str | None) -> Any:
 # ---- where items come from ------------------------------------------------------------------------------------------
 
 
-def _source(items: str, video_root: str | None) -> Any:
+def source_of(items: str, video_root: str | None = None) -> Any:
     """A file of items, named with its hash, or simulator tasks: sim:TASKS:N:SEED, or JSON."""
     from lab.recipe import ItemFile, SimSpec, sha256_of
 

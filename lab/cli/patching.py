@@ -1,0 +1,97 @@
+"""`vlab patch` and `vlab attribute`: probes over many questions, with the same items as `vlab sweep`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lab.cli.asking import Setting
+from lab.cli.output import Reply
+from lab.cli.rerunning import resumable, write_results
+from lab.cli.sweeps import source_of
+from lab.errors import UsageError
+
+
+def patch_items(
+    items: str, setting: Setting, by: str, layers: int | None, asked: Mapping[str, Any], out: str
+) -> Reply:
+    """A patching grid: result, report, picture and recipe in folder `out`; interrupted, the same command goes on."""
+    from probes.patching import PatchingRecipe
+
+    fields = {**asked, "by": by, "window": 1 if layers is None else layers}
+    return _probed(PatchingRecipe, items, setting, fields, Path(out))
+
+
+def attribute_items(
+    items: str, setting: Setting, layer: int | None, asked: Mapping[str, Any], out: str
+) -> Reply:
+    """An attribution, with the first question's frames painted over."""
+    from probes.attribution import AttributionRecipe
+
+    fields = {**asked, "layer": None if layer is None else layer - 1}  # 1-based on the command line
+    return _probed(AttributionRecipe, items, setting, fields, Path(out), paint=True)
+
+
+def _probed(
+    kind: Any, items: str, setting: Setting, fields: Mapping[str, Any], folder: Path, *, paint: bool = False
+) -> Reply:
+    from pydantic import ValidationError
+
+    from lab.recipe import ModelSpec, dump, explain
+
+    if setting.fps is not None:
+        raise UsageError("--fps: a probe takes the same number of frames of every video; use --frames")
+    source = source_of(items)
+    model = setting.load()
+    given = {k: v for k, v in fields.items() if v is not None}
+    try:
+        recipe = kind(
+            model=ModelSpec(**(model.spec or {})), items=source, n_frames=setting.frames or 8, **given
+        )
+    except ValidationError as e:
+        raise UsageError(explain(e, kind)) from None
+    results = resumable(recipe, folder, model=model)
+    files = write_results(results, folder)
+    if paint:
+        _painted(model, recipe, results, folder)
+    dump(recipe, folder / "recipe.yaml")
+    ledger = results[0].ledger
+    data = {
+        "recipe": recipe.id, "ledger": ledger, "files": [str(f) for f in [*files, folder / "recipe.yaml"]],
+        "results": [json.loads(r.to_json()) for r in results],
+    }  # fmt: skip
+    spent = (
+        f"{ledger['forwards']:.1f} forward-equivalents in place of {ledger['naive']:.0f}" if ledger else ""
+    )
+    lines = [repr(results[0]), *_reading(results), spent, *data["files"]]
+    return Reply(data, "\n".join(line for line in lines if line))
+
+
+def _reading(results: Sequence[Any]) -> list[str]:
+    from lab.view.specs import figure_spec
+
+    return [figure_spec(r).reading for r in results]
+
+
+def _painted(model: Any, recipe: Any, results: Sequence[Any], folder: Path) -> None:
+    """The report once more, with the first item's frames and what they are worth painted on them."""
+    from lab.items import load_items
+    from lab.view.draw import report
+    from lab.view.overlay import overlay
+
+    result = results[0]
+    if "frame" not in result.axes:
+        return
+    given = (
+        [s.model_dump(mode="json") for s in recipe.items] if isinstance(recipe.items, tuple) else recipe.items
+    )
+    item = load_items(given, base=recipe.folder)[0]
+    frames = model.prepare(item, recipe.n_frames).frames
+    pixels = frames.pixels.permute(0, 2, 3, 1).cpu().numpy()
+    pictures = {
+        item.question: pixels,
+        f"What each piece is worth ({result.name})": overlay(result.values[0], pixels),
+    }
+    report(list(results), folder / "report.html", title=result.name, pictures=pictures)

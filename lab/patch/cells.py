@@ -1,0 +1,110 @@
+"""Cells: one set of edits, resolved against stored runs: which rows of which layer get which values, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lab.patch.doors import first_deep
+from lab.patch.edits import Edit
+from lab.patch.points import check_heads
+from lab.patch.sites import EMBED, KV_HEADS, MAPS, STATE, hook_name, layers_with
+from lab.patch.stored import Stored
+
+Heads = tuple[int, ...] | None
+BEFORE, AFTER, DEEP = (EMBED, "resid_pre"), ("resid_post",), "deep"
+PARTS = ("before", "keys", "inside", "after")
+
+
+@dataclass(frozen=True)
+class Write:
+    """At a site of a layer (0-based), these rows (and heads) get these values [row, ...]."""
+
+    site: str
+    layer: int
+    rows: Tensor
+    values: Tensor
+    heads: Heads
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One set of edits.
+
+    before, keys, inside, after   bool [pos] per layer: rows written on the stream entering it; whose keys or values are
+                            written; written elsewhere in it; written on the stream leaving it
+    """
+
+    writes: tuple[Write, ...]
+    before: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
+    inside: tuple[Tensor, ...]
+    after: tuple[Tensor, ...]
+
+    def values_before(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        return [(w.rows, w.values) for w in self.writes if w.layer == layer and w.site in BEFORE]
+
+    def values_after(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        return [(w.rows, w.values) for w in self.writes if w.layer == layer and w.site in AFTER]
+
+    def values_deep(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        return [(w.rows, w.values) for w in self.writes if w.layer == layer and w.site == DEEP]
+
+    def values_inside(self, layer: int) -> list[tuple[str, Tensor, Tensor, Heads]]:
+        found = [w for w in self.writes if w.layer == layer and w.site not in (*BEFORE, *AFTER, DEEP)]
+        return [(hook_name(w.site, layer), w.rows, w.values, w.heads) for w in found]
+
+
+def why_not_cell(edits: Sequence[Edit]) -> str:
+    """Why a set of edits cannot be resolved against runs without edits; "" if it can."""
+    if any(e.site in MAPS for e in edits):
+        return "scores and patterns are edited"
+    own = [e for e in edits if e.source is None]
+    if own and (len(edits) > 1 or own[0].layers is None or len(own[0].layers) > 1) and own[0].site != EMBED:
+        return "noise or means at several points: a later one depends on what the earlier ones did"
+    if own and len(edits) > 1:
+        return "noise or means beside other edits: a later one depends on what the earlier ones did"
+    return ""
+
+
+def cell_of(model: Any, edits: Sequence[Edit], base: Stored, others: Mapping[str, Stored], tokens: Any) -> Cell:
+    """Resolve a set of edits. Of several edits of one row the last holds, as in the reference."""
+    writes = tuple(w for e in edits for w in _writes(model, e, base, others, tokens))
+    n, layers = base.store.n_pos, base.store.n_layers
+    marks = {part: [torch.zeros(n, dtype=torch.bool) for _ in range(layers)] for part in PARTS}
+    for w in (w for w in writes if w.site != DEEP):  # those rows are written on the stream before
+        marks[_part(w.site)][w.layer][w.rows] = True
+    return Cell(writes, *(tuple(marks[p]) for p in PARTS))
+
+
+def _part(site: str) -> str:
+    if site in KV_HEADS:
+        return "keys"
+    return "before" if site in BEFORE else "after" if site in AFTER else "inside"
+
+
+def _writes(model: Any, edit: Edit, base: Stored, others: Mapping[str, Stored], tokens: Any) -> list[Write]:
+    check_heads(model, edit)
+    rows = edit.rows(tokens, base.store.ready.item)
+    out: list[Write] = []
+    for layer in layers_with(model, edit.site, edit.layers):
+        name = hook_name(edit.site, layer)
+        if edit.source is None:
+            own, theirs = base.values[name], None
+        else:
+            own = theirs = others[edit.source].values[name]
+        at = rows.to(own.device)
+        out.append(Write(edit.site, layer, rows, edit.values(own, at, None if theirs is None else theirs[at]), edit.heads))
+    return out + _brought(edit, rows, others)
+
+
+def _brought(edit: Edit, rows: Tensor, others: Mapping[str, Stored]) -> list[Write]:
+    """DeepStack additions that come along with a whole state (see `lab.patch.edits.take`)."""
+    if edit.source is None or edit.site not in STATE:
+        return []
+    deep = others[edit.source].store.door.deep
+    return [Write(DEEP, i, rows, deep[i][0][rows.to(deep[i].device)], None) for i in range(first_deep(edit), len(deep))]

@@ -1,0 +1,347 @@
+"""Many sets of edits of one world, from stored runs: only rows that an edit can change and that still matter are run.
+
+A cell (one set of edits) changes some rows of some layers; from the first of them on every later row may differ, and
+only those go through the layers, the rows of many cells packed into one sequence (as `lab.edges.fast` packs cut runs).
+Rows whose new state nobody reads give keys and values alone: of the last layer, every row but the last.
+Equal to the reference up to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lab.edges.closure import closure_of
+from lab.edges.packed import Group, Packed
+from lab.model.decoder import all_reached, one_layer
+from lab.model.run import Call, Run
+from lab.patch.cells import Cell, cell_of, why_not_cell
+from lab.patch.points import Held
+from lab.patch.sites import hook_name, layers_with
+from lab.patch.stored import Stored, logits_of, stored_run, why_not_stored
+from lab.runs import Ledger
+from lab.side import Side
+
+
+def evaluate(
+    worlds: Any, cells: Sequence[Sequence[Any]], into: str, executor: str, n_rows: int
+) -> tuple[Tensor, Ledger, str]:
+    """Logits [cell, d_vocab], what it cost, and why the reference was taken ("" if it was not, or was asked for)."""
+    reason = ""
+    if executor == "fast":
+        sources = list(dict.fromkeys(e.source for cell in cells for e in cell if e.source is not None))
+        found = (why_not_stored(worlds, w) for w in (into, *sources))
+        reason = next((r for r in (*(why_not_cell(c) for c in cells), *found) if r), "")
+        if not reason:
+            return *_fast(worlds, cells, into, sources, n_rows), ""
+    return *_reference(worlds, cells, into), reason
+
+
+# ---- reference ------------------------------------------------------------------------------------------------------
+
+
+def _reference(worlds: Any, cells: Sequence[Sequence[Any]], into: str) -> tuple[Tensor, Ledger]:
+    """One forward of the world a cell; every source world runs once."""
+    held: Held = {}
+    taken = _taken_from(worlds, cells)
+    for world, names in taken.items():
+        worlds.forward([world], (), held, "last", {n: [world] for n in names})
+    done = [worlds.forward([into], cell, held, "last")[0, -1] for cell in cells]
+    spent = len(cells) + len(taken)
+    return torch.stack(done), Ledger(spent, spent)
+
+
+def _taken_from(worlds: Any, cells: Sequence[Sequence[Any]]) -> dict[str, list[str]]:
+    """World -> the hook points whose values edits take from it."""
+    out: dict[str, dict[str, None]] = {}
+    for edit in (e for cell in cells for e in cell if e.source is not None):
+        for layer in layers_with(worlds.model, edit.site, edit.layers):
+            out.setdefault(str(edit.source), {})[hook_name(edit.site, layer)] = None
+    return {world: list(names) for world, names in out.items()}
+
+
+# ---- fast -----------------------------------------------------------------------------------------------------------
+
+
+def _fast(
+    worlds: Any, cells: Sequence[Sequence[Any]], into: str, sources: Sequence[str], n_rows: int
+) -> tuple[Tensor, Ledger]:
+    model = worlds.model
+    taken = _taken_from(worlds, cells)
+    own = {
+        hook_name(e.site, i)
+        for cell in cells
+        for e in cell
+        if e.source is None
+        for i in layers_with(model, e.site, e.layers)
+    }
+    base = stored_run(worlds, into, sorted(own))
+    others = {w: stored_run(worlds, w, taken[w]) for w in sources}
+    tokens = base.store.side.tokens[0]
+    worlds.check({into: tokens, **{w: o.store.side.tokens[0] for w, o in others.items()}})
+    made = [cell_of(model, cell, base, others, tokens) for cell in cells]
+    live = closure_of(base.cuts, base.store.n_pos, base.store.n_layers, [base.store.n_pos - 1]).live
+    out = logits_of(model, base)[None].repeat(len(cells), 1)
+    jobs = [j for i, c in enumerate(made) if (j := _job(i, c, live)) is not None]
+    for batch in _batches(jobs, n_rows):
+        _run(model, base, batch, out)
+    rows = base.store.work.row_layers + sum(o.store.work.row_layers for o in others.values())
+    whole = base.store.n_pos * base.store.n_layers
+    return out, Ledger(rows / whole, len(cells) + len(sources))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One cell: the place of its logits, its edits, and per layer the rows to run and those whose new state is needed."""
+
+    place: int
+    cell: Cell
+    rows: tuple[Tensor, ...]
+    full: tuple[Tensor, ...]  # bool over rows
+
+    @property
+    def start(self) -> int:
+        return next(i for i, rows in enumerate(self.rows) if len(rows))
+
+    @property
+    def most(self) -> int:
+        return max(len(rows) for rows in self.rows)
+
+
+def _job(place: int, cell: Cell, live: Sequence[Tensor]) -> _Job | None:
+    """The rows of a cell, layer by layer; None if nothing that is read can change."""
+    dirty = torch.zeros(len(live[0]), dtype=torch.bool)
+    rows: list[Tensor] = []
+    full: list[Tensor] = []
+    for layer in range(len(live) - 1):
+        dirty = dirty | cell.before[layer]
+        read = dirty | cell.keys[layer]
+        after = (read.cumsum(0) > 0) | cell.inside[layer] | cell.after[layer]  # later rows may read one that differs
+        run = (after & live[layer + 1]) | (read & live[layer])
+        at = run.nonzero().squeeze(1)
+        rows.append(at)
+        full.append((after & live[layer + 1])[at])
+        dirty = after
+    if not bool((dirty & live[-1]).any()):
+        return None
+    return _Job(place, cell, tuple(rows), tuple(full))
+
+
+def _batches(jobs: Sequence[_Job], n_rows: int) -> Iterator[list[_Job]]:
+    """Jobs that go together, those that begin together side by side."""
+    batch: list[_Job] = []
+    held = 0
+    for job in sorted(jobs, key=lambda j: (j.start, j.most)):
+        if batch and held + job.most > n_rows:
+            yield batch
+            batch, held = [], 0
+        batch.append(job)
+        held += job.most
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """The rows of one layer: job and source position of each, and the groups they form."""
+
+    job: Tensor
+    pos: Tensor
+    full: Tensor
+    groups: list[Group]
+    place: Tensor  # [job, pos] -> where the row stands, -1: not run
+
+
+def _pack(jobs: Sequence[_Job], layer: int, n_pos: int, cut: Tensor | None) -> _Pack:
+    active: dict[tuple[bytes, bytes], list[int]] = {}
+    for i, job in enumerate(jobs):
+        if len(job.rows[layer]):
+            active.setdefault((job.rows[layer].numpy().tobytes(), job.full[layer].numpy().tobytes()), []).append(i)
+    groups, which, pos, full = [], [], [], []
+    for members in active.values():
+        rows = jobs[members[0]].rows[layer]
+        groups.append(Group(groups[-1].stop if groups else 0, len(members), rows, cut))
+        which.append(torch.tensor(members).repeat_interleave(len(rows)))
+        pos.append(rows.repeat(len(members)))
+        full.append(jobs[members[0]].full[layer].repeat(len(members)))
+    job, at = torch.cat(which), torch.cat(pos)
+    place = torch.full((len(jobs), n_pos), -1)
+    place[job, at] = torch.arange(len(at))
+    return _Pack(job, at, torch.cat(full), groups, place)
+
+
+def _run(model: Any, base: Stored, jobs: Sequence[_Job], out: Tensor) -> None:
+    """Run a batch and write its logits."""
+    store = base.store
+    attend = Packed(store.keys, store.values)
+    resid: Tensor | None = None
+    before: _Pack | None = None
+    run = Run(attend=attend)
+    for layer in range(min(j.start for j in jobs), store.n_layers):
+        pack = _pack(jobs, layer, store.n_pos, base.cuts.get(layer))
+        resid = _entering(store.resid[layer], pack, before, resid)
+        resid = _written(resid, pack, [j.cell.values_before(layer) for j in jobs])
+        resid = _layer(model, base, layer, pack, jobs, resid, run)
+        resid = _written(resid, pack, [j.cell.values_after(layer) for j in jobs])
+        resid = _deepened(store, layer, pack, jobs, resid)
+        store.work.row_layers += len(pack.pos)
+        before = pack
+    all_reached(model, run)
+    assert resid is not None and before is not None
+    last = before.place[:, -1]
+    ran = (last >= 0).nonzero().squeeze(1)
+    logits = model.unembed(model.ln_final(resid[last[ran].to(resid.device)][None]))[0]
+    out[torch.tensor([jobs[i].place for i in ran.tolist()], device=out.device)] = logits.to(out)
+
+
+def _entering(clean: Tensor, pack: _Pack, before: _Pack | None, resid: Tensor | None) -> Tensor:
+    """The stream of the pack's rows: their own where they were run before, the stored one where they join."""
+    joined = clean[pack.pos.to(clean.device)]
+    if before is None or resid is None:
+        return joined
+    held = before.place[pack.job, pack.pos]
+    own = (held >= 0).to(clean.device)[:, None]
+    return torch.where(own, resid[held.clamp_min(0).to(resid.device)], joined)
+
+
+def _written(resid: Tensor, pack: _Pack, values: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
+    """The rows that edits replace get their values: for every job (rows, values [row, d_model]) pairs."""
+    if not any(values):
+        return resid
+    resid = resid.clone()
+    for job, pairs in enumerate(values):
+        for rows, new in pairs:
+            at = pack.place[job, rows]
+            run = at >= 0
+            resid[at[run].to(resid.device)] = new[run.to(new.device)].to(resid)
+    return resid
+
+
+def _deepened(store: Any, layer: int, pack: _Pack, jobs: Sequence[_Job], resid: Tensor) -> Tensor:
+    deep = store.door.deep
+    if layer >= len(deep):
+        return resid
+    added = deep[layer][0][pack.pos.to(deep[layer].device)].to(resid.device)
+    return resid + _written(added, pack, [j.cell.values_deep(layer) for j in jobs])
+
+
+# ---- one layer over a pack ------------------------------------------------------------------------------------------
+
+
+class _KeysKnown(Exception):
+    """Raised in the attention of a pack whose rows give keys and values only. Never leaves `_layer`."""
+
+
+def _layer(model: Any, base: Stored, layer: int, pack: _Pack, jobs: Sequence[_Job], resid: Tensor, run: Run) -> Tensor:
+    """The checkpoint's own layer over the pack; rows that are not `full` come back as they were."""
+    hooks = _hooks(layer, pack, jobs)
+    with model.hooks(hooks) if hooks else model.lock.shared():
+        packed: Any = run.attend
+        packed.groups = pack.groups
+        if hooks or bool(pack.full.all()) or not _tails(pack):
+            return _step(model, base, layer, pack.pos, resid, run)
+        return _last_rows(model, base, layer, pack, resid, run)
+
+
+def _step(model: Any, base: Stored, layer: int, pos: Tensor, resid: Tensor, run: Run) -> Tensor:
+    door = base.store.door
+    rope = door.rope.index_select(-1, pos.to(door.rope.device))
+    side = Side((), pos.to(resid.device), rope, None, (), None, run)
+    return one_layer(model, layer, resid[None], side)[0][0]
+
+
+def _tails(pack: _Pack) -> bool:
+    """Whether in every group the rows needed in full are the last ones (those of the first world speak for all)."""
+    for group in pack.groups:
+        full = pack.full[group.first : group.first + len(group.rows)]
+        if not bool((full.int().diff() >= 0).all()):
+            return False
+    return True
+
+
+def _last_rows(model: Any, base: Stored, layer: int, pack: _Pack, resid: Tensor, run: Run) -> Tensor:
+    """First all rows up to their keys and values, then the rows needed in full, which read those."""
+    packed: Any = run.attend
+    taken: list[tuple[Tensor, Tensor]] = []
+
+    def take_keys(call: Call, query: Tensor, key: Tensor, value: Tensor, kw: dict[str, Any]) -> Tensor:
+        taken.append((key, value))
+        raise _KeysKnown
+
+    with contextlib.suppress(_KeysKnown):
+        _step(model, base, layer, pack.pos, resid, Run(attend=take_keys))
+    at = pack.full.nonzero().squeeze(1).to(resid.device)
+    if len(at):
+        run.attend = _Tail(packed, taken[0], pack)
+        try:
+            resid = resid.index_copy(0, at, _step(model, base, layer, pack.pos[pack.full], resid[at], run))
+        finally:
+            run.attend = packed
+    run.reached.add(layer)
+    return resid
+
+
+class _Tail:
+    """Attention of the last rows of every group over keys and values of all its rows."""
+
+    def __init__(self, packed: Packed, taken: tuple[Tensor, Tensor], pack: _Pack) -> None:
+        self.packed, self.taken, self.full = packed, taken, pack.full
+
+    def __call__(self, call: Call, query: Tensor, key: Tensor, value: Tensor, kw: dict[str, Any]) -> Tensor:
+        layer, scaling = call.parts.index, kw.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        z, first = torch.empty_like(query[0].transpose(0, 1)), 0
+        for group in self.packed.groups:
+            n, here = len(group.rows), slice(group.first, group.stop)
+            m = int(self.full[group.first : group.first + n].sum())
+            if not m:
+                continue
+            stop = first + group.worlds * m
+            k, v = (t[0, :, here].unflatten(1, (group.worlds, n)) for t in self.taken)
+            q = query[0, :, first:stop].unflatten(1, (group.worlds, m))
+            z[first:stop] = self._group(group, slice(n - m, n), q, k, v, layer, scale).permute(1, 2, 0, 3).flatten(0, 1)
+            first = stop
+        return z[None]
+
+    def _group(self, group: Group, block: slice, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
+        heads, worlds, m, d = q.shape
+        q = q.reshape(k.shape[0], heads // k.shape[0], worlds, m, d)
+        keys, values = self.packed.keys[layer], self.packed.values[layer]
+        return self.packed._block(group, block, q, k, v, keys, values, scale).reshape(heads, worlds, m, d)
+
+
+# ---- edits inside a layer -------------------------------------------------------------------------------------------
+
+
+def _hooks(layer: int, pack: _Pack, jobs: Sequence[_Job]) -> list[tuple[str, Any]]:
+    """Hooks that write edits of in-layer sites into the pack."""
+    by_name: dict[str, list[tuple[Tensor, Tensor, tuple[int, ...] | None]]] = {}
+    for i, job in enumerate(jobs):
+        for name, rows, new, heads in job.cell.values_inside(layer):
+            at = pack.place[i, rows]
+            run = at >= 0
+            by_name.setdefault(name, []).append((at[run], new[run.to(new.device)], heads))
+    return [(name, _Writer(entries)) for name, entries in by_name.items()]
+
+
+class _Writer:
+    """Writes values into rows of a pack [1, row, ...]."""
+
+    def __init__(self, entries: Sequence[tuple[Tensor, Tensor, tuple[int, ...] | None]]) -> None:
+        self.entries = entries
+
+    def __call__(self, value: Tensor, hook: Any) -> Tensor:
+        out = value.clone()
+        for at, new, heads in self.entries:
+            at = at.to(out.device)
+            if heads is None:
+                out[0, at] = new.to(out)
+            else:
+                which = torch.tensor(heads, device=out.device)
+                out[0, at[:, None], which[None]] = new[:, which.to(new.device)].to(out)
+        return out
