@@ -111,7 +111,7 @@ def table(model: VideoLLM, shape: models.Shape, frames: int, device: str) -> dic
     texts = _cuts(ready, PATHWAYS, range(n), n)
     across = _cuts(ready, ("cross-frame",), range(0, n, EVERY), n)
     clock = _clock(device)
-    found = {
+    found: dict[str, Any] = {
         "text pathways": compared(model, ready, texts, n_naive=NAIVE, n_rows=ROWS, clock=clock),
         "across frames": compared(
             model, ready, across, n_naive=min(NAIVE, len(across)), n_rows=ROWS, clock=clock

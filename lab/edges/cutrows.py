@@ -88,7 +88,7 @@ class PolicyCut(Lazy):
     def n_pos(self) -> int:
         return len(self.bound.tokens)
 
-    @cached_property
+    @property
     def heads(self) -> int:
         shared = all(c.heads == "all" for c in self.bound.active(self.layer))
         return 1 if shared else self.bound.n_heads

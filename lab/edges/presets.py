@@ -265,7 +265,8 @@ def _top(table: Tensor, ranked: Tensor, k: int | None, share: float | None) -> i
 def _cuts_of(names: Sequence[str], gone: Tensor, by_head: bool) -> tuple[Cut, ...]:
     """One cut for each pair of segments, or for each pair and set of layers that lose the same heads."""
     cuts: list[Cut | None] = []
-    for q, k in gone.any(0).any(0).nonzero().tolist():
+    pairs: list[tuple[int, int]] = gone.any(0).any(0).nonzero().tolist()
+    for q, k in pairs:
         layers: dict[tuple[int, ...], list[int]] = {}
         for layer, lost in enumerate(gone[:, :, q, k]):
             if bool(lost.any()):
