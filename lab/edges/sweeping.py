@@ -139,7 +139,7 @@ def as_ready(model: Any, items: Any, pathways: Sequence[str] | None, n_frames: i
         raise UsageError(
             f"nothing to do: {len(given)} items, {0 if pathways is None else len(pathways)} pathways"
         )
-    return [i if isinstance(i, Ready) else model.prepare(i, n_frames) for i in given]
+    return [model._ready(i, n_frames) for i in given]
 
 
 def map_of(ready: Ready) -> TokenMap:
