@@ -381,6 +381,12 @@ def test_metrics(planted):
         scores(model, ready[0], metric="accuracy", **QUIET)
     with pytest.warns(LabWarning, match="no gradient"):
         scores(model, ready[0], metric=lambda z: (z * 0).sum(), **QUIET)
+    for metric, said in [
+        (lambda z: z, "not a tensor of one number"), (lambda z: 1.0, "gave float"), (lambda z: z[0] * torch.nan, "gave nan"),
+        (lambda z: z[0].detach(), "does not depend on"),
+    ]:  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            scores(model, ready[0], metric=metric, **QUIET)
     plain = wrap(families.build("qwen2_5_vl"))
     with pytest.raises(UsageError, match="needs items with options"):
         scores(plain, plain.prepare_inputs(**families.inputs("qwen2_5_vl")), metric="margin-right", **QUIET)

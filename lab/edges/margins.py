@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def margin_of(
     """
     check_metric(metric)
     if callable(metric):
-        return metric, ""
+        return partial(_scalar, metric), ""
     if item is None or not item.options:
         if metric == "margin-right":
             raise UsageError("metric='margin-right' needs items with options and the index of the right one")
@@ -74,6 +75,23 @@ def margin_of(
         chosen = item.answer
     rest = tuple(t for i, t in enumerate(letters) if i != chosen)
     return Margin(letters[chosen], rest, LETTERS[chosen]), LETTERS[chosen]
+
+
+def _scalar(metric: Callable[[Tensor], Any], logits: Tensor) -> Tensor:
+    """What a user's function makes of the logits. Raises UsageError if that is not one finite number with a gradient."""
+    value = metric(logits)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(
+            f"the metric gave {shape}, not a tensor of one number; it is given logits {tuple(logits.shape)}"
+        )
+    if not bool(torch.isfinite(value).all()):
+        raise UsageError(f"the metric gave {float(value.detach())}; edges cannot be scored by it")
+    if logits.requires_grad and not value.requires_grad:
+        raise UsageError(
+            "the metric does not depend on the logits; compute it from them in torch, without detach()"
+        )
+    return value.reshape(())
 
 
 def _over_words(model: Any, clean: Tensor) -> tuple[Margin, str]:

@@ -26,7 +26,7 @@ def check_grid(grid: Grid) -> None:
         if grid not in ("strict", "paper"):
             raise UsageError(f"segmentation={grid!r}; use 'strict', 'paper', or a list of segment names")
         return
-    if not len(grid) or not all(isinstance(name, str) for name in grid):
+    if not isinstance(grid, list | tuple) or not len(grid) or not all(isinstance(name, str) for name in grid):
         raise UsageError(f"segmentation must be 'strict', 'paper' or names of segments, got {grid!r}")
     if len(set(grid)) < len(grid):
         raise UsageError(f"a segment is named twice in {list(grid)}")

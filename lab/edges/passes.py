@@ -98,7 +98,7 @@ def worlds_of(model: Any, items: Any, grid: Grid, n_frames: int) -> list[list[Wo
 
 def batches(groups: Sequence[list[World]], batch: int) -> list[list[World]]:
     """Items that are run together; one whose plan has hooks runs alone."""
-    if not isinstance(batch, int) or batch < 1:
+    if type(batch) is not int or batch < 1:
         raise UsageError(f"batch must be at least 1 prompt, got {batch!r}")
     out: list[list[list[World]]] = []
     for group in groups:

@@ -116,7 +116,7 @@ def as_ready(model: Any, items: Any, pathways: Any, n_frames: int) -> list[Ready
         raise UsageError(
             f"nothing to do: {len(given)} items, {0 if pathways is None else len(pathways)} pathways"
         )
-    return [i if isinstance(i, Ready) else model.prepare(i, n_frames) for i in given]
+    return [model._ready(i, n_frames) for i in given]
 
 
 def _passing(items: Any, ready: Sequence[Ready]) -> list[bool]:

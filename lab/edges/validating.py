@@ -58,7 +58,7 @@ def validate_scores(
     Raises UsageError for scores of another kind, or items that are not those scored.
     """
     _check(result)
-    if n < 2 or subsets < 0 or windows < 0:
+    if not all(type(x) is int for x in (n, subsets, windows)) or n < 2 or subsets < 0 or windows < 0:
         raise UsageError(
             f"n must be at least 2 cells, subsets and windows at least 0; got {n}, {subsets}, {windows}"
         )
@@ -88,6 +88,8 @@ def check_validated(result: Result, *, alone: bool = False) -> None:
 
     alone  the scores are to decide by themselves, with no cut verified: recall@2k must reach 0.9 then
     """
+    if not isinstance(result, Result):
+        raise UsageError(f"expected the Result of lab.edges.scores, got {type(result).__name__}")
     report = result.notes.get("validation")
     if not isinstance(report, dict) or "overall" not in report:
         raise UsageError(
@@ -103,6 +105,8 @@ def check_validated(result: Result, *, alone: bool = False) -> None:
 
 
 def _check(result: Result) -> None:
+    if not isinstance(result, Result):
+        raise UsageError(f"expected the Result of lab.edges.scores, got {type(result).__name__}")
     if tuple(result.axes) != AXES:
         raise UsageError(f"expected the scores of lab.edges.scores with axes {AXES}, got {result.axes}")
 
