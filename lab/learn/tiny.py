@@ -54,16 +54,11 @@ def _five(tasks: TaskBatches) -> list[Stage]:
     few = {"worlds": 1, "counts": 8, "rough": 0.3}
     spoil = Spoil(shuffled=0.15, blank=0.03)
     last = partial(tasks.mixed, every=8, lists=3, hints=0, rough=0.6, wide=True, spoil=spoil, counts=4)
-    mixed = partial(
-        tasks.mixed, every=8, worlds=1, counts=10, hints=0, rough=0.6, wide=True,
-        spoil=spoil, spoil_counts=Spoil(shuffled=0.55, blank=0.03),
-    )  # fmt: skip
     return [
         Stage("five tasks", partial(tasks.mixed, every=4, rough=0.3, easy=0.7), ("ask_acc", 0.9), 1231),
         Stage("count", partial(tasks.mixed, every=6, easy=0.7, **few), ("ask_acc", 0.9), 1500),
         Stage("whole count", partial(tasks.mixed, every=6, **few), ("ask_acc", 0.95), 677),
         Stage("five settle", last, ("letter_acc", 2.0), 1400, peak=8e-4, decay=True),
-        Stage("unordered counts", mixed, ("letter_acc", 2.0), 700, peak=6e-4, decay=True),
     ]
 
 
