@@ -90,7 +90,13 @@ def cut(model: Any, items: Sequence[Any]) -> list[Part]:
     ranked = sorted(falls, key=lambda n: float(falls[n].min()))
     where = {n: int(falls[n].argmin()) + 1 for n in ranked}
     parts = [f"{n} round layer {where[n]} ({falls[n].min():.0f} %)" for n in ranked[:3]]
-    return [Part(found, f"Knock-out picks {', then '.join(parts)}.", layers=tuple(sorted(where[n] for n in ranked[:2])))]
+    return [
+        Part(
+            found,
+            f"Knock-out picks {', then '.join(parts)}.",
+            layers=tuple(sorted(where[n] for n in ranked[:2])),
+        )
+    ]
 
 
 def further_parts(model: Any, items: Sequence[Any]) -> list[Part]:
@@ -126,14 +132,27 @@ def _listed(numbers: set[int]) -> str:
 
 def page(model: Any, items: Sequence[Any], out: Path) -> Path:
     """Runs every probe, saves its Result, and writes the page."""
-    parts = [*patched(model, items), *estimated(model, items), *attributed(model, items), *cut(model, items), *further_parts(model, items)]
+    parts = [
+        *patched(model, items),
+        *estimated(model, items),
+        *attributed(model, items),
+        *cut(model, items),
+        *further_parts(model, items),
+    ]
     for i, part in enumerate(parts, 1):
         part.result.save(out / f"result_{i}.npz")
     right = sum(bool(model.answer(i).correct) for i in items)
-    words = [f"{right} of {len(items)} questions are answered rightly.", *(p.sentence for p in parts), f"Do they agree? {verdict(parts)}"]
+    words = [
+        f"{right} of {len(items)} questions are answered rightly.",
+        *(p.sentence for p in parts),
+        f"Do they agree? {verdict(parts)}",
+    ]
     frames = model.prepare(items[0], 8).frames.pixels.permute(0, 2, 3, 1).cpu().numpy()
     worth = next(p.result for p in parts if p.result.name.startswith("attribution (shapley"))
-    pictures = {f"{items[0].question} ({items[0].options[items[0].answer]})": frames, "What each frame is worth": overlay(worth.values[0], frames)}
+    pictures = {
+        f"{items[0].question} ({items[0].options[items[0].answer]})": frames,
+        "What each frame is worth": overlay(worth.values[0], frames),
+    }
     (out / "note.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     return report(
         [p.result for p in parts], out / "moving_direction.html", title="Moving Direction: where does the answer come from?",

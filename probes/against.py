@@ -1,8 +1,8 @@
 """Against what: the corrupted world, or the baseline, that goes with an item.
 
-    twin       the item's own twin (simulated items have one)       reversed   the same frames in reverse order
-    blank      every frame filled with the video's mean colour      noise, mean   the clean world with its video tokens'
-                                                                    embeddings corrupted (`lab.patch.noise`, `mean`)
+twin       the item's own twin (simulated items have one)       reversed   the same frames in reverse order
+blank      every frame filled with the video's mean colour      noise, mean   the clean world with its video tokens'
+                                                                embeddings corrupted (`lab.patch.noise`, `mean`)
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def corrupted(model: Any, ready: Ready, against: Any, n_frames: int, mechanisms:
         case "noise" | "mean":
             return replace(ready, memo={})
         case _:
-            raise UsageError(f"against={against!r}; use one of {', '.join(NAMES)}, or give the other world itself")
+            raise UsageError(
+                f"against={against!r}; use one of {', '.join(NAMES)}, or give the other world itself"
+            )
 
 
 def standing(against: Any, into: str, seed: int) -> list[Edit]:
@@ -78,13 +80,21 @@ def _repainted(ready: Ready, paint: Any) -> Ready:
     elif len(pixels) % frames == 0:  # flat patches, frame (tubelet) after frame
         new = paint(pixels.reshape(frames, -1, shape[-1]), 0).reshape(shape)
     else:
-        raise UsageError(f"cannot tell the {frames} frames apart in {name} of shape {tuple(shape)}; give the other world")
-    return replace(ready, inputs={**ready.inputs, name: new.contiguous()}, memo={}, item=_without_answer(ready.item))
+        raise UsageError(
+            f"cannot tell the {frames} frames apart in {name} of shape {tuple(shape)}; give the other world"
+        )
+    return replace(
+        ready, inputs={**ready.inputs, name: new.contiguous()}, memo={}, item=_without_answer(ready.item)
+    )
 
 
 def _without_answer(item: VideoQA | None) -> VideoQA | None:
     """Nobody knows the right answer over other pixels."""
-    return None if item is None else replace(item, answer=None, twin=None, id=f"{item.id}/repainted" if item.id else "")
+    return (
+        None
+        if item is None
+        else replace(item, answer=None, twin=None, id=f"{item.id}/repainted" if item.id else "")
+    )
 
 
 def _blank(pixels: Tensor, axis: int) -> Tensor:

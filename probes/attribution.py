@@ -74,10 +74,21 @@ class AttributionRecipe(Recipe):
     def run(self, *, progress: bool = True, model: Any = None) -> list[Result]:
         """Load what the recipe names (or use `model`) and attribute."""
         model = model or load_spec(self.model)
-        given = [s.model_dump(mode="json") for s in self.items] if isinstance(self.items, tuple) else self.items
+        given = (
+            [s.model_dump(mode="json") for s in self.items] if isinstance(self.items, tuple) else self.items
+        )
         items = load_items(given, base=self.folder)
         names = ("method", "layer", "players", "block", "against", "target", "output", "n_steps", "n_frames")
-        return [attribute(model, items, at=self.place, **{n: getattr(self, n) for n in names}, show_progress=progress, recipe=self)]
+        return [
+            attribute(
+                model,
+                items,
+                at=self.place,
+                **{n: getattr(self, n) for n in names},
+                show_progress=progress,
+                recipe=self,
+            )
+        ]
 
 
 def attribute(
@@ -105,7 +116,20 @@ def attribute(
     Raises UsageError for a zero baseline under RMSNorm and items of different grids; RunError where gradients at "embed"
     or "resid_pre" miss completeness by more than 1 %.
     """
-    what = _What(method, at, layer, players, tuple(block), target, output, n_steps, n_samples, max_new_tokens, batch, seed)
+    what = _What(
+        method,
+        at,
+        layer,
+        players,
+        tuple(block),
+        target,
+        output,
+        n_steps,
+        n_samples,
+        max_new_tokens,
+        batch,
+        seed,
+    )
     what.check(model)
     given = _listed(items)
     policy = model.pruning.chosen(policy)
@@ -113,7 +137,10 @@ def attribute(
     against = corrupting.usual(ready) if against is None else against
     others = _baselines(model, ready, against, given, n_frames, mechanisms)
     cases = list(zip(_keys(ready), ready, others, strict=True))
-    rows = [_row(model, *case, what, policy) for case in progress(cases, desc="attribution", show=show_progress, cancel=cancel)]
+    rows = [
+        _row(model, *case, what, policy)
+        for case in progress(cases, desc="attribution", show=show_progress, cancel=cancel)
+    ]
     return _result(rows, what, against, recipe)
 
 
@@ -139,11 +166,17 @@ class _What:
             if value not in allowed:
                 raise UsageError(f"{name}={value!r}; use one of {', '.join(str(a) for a in allowed if a)}")
         if (self.at in LAYERED) != (self.layer is not None):
-            raise UsageError(f"at={self.at!r}, layer={self.layer}: a layer (0-based) goes with {', '.join(LAYERED)} and with nothing else")
+            raise UsageError(
+                f"at={self.at!r}, layer={self.layer}: a layer (0-based) goes with {', '.join(LAYERED)} and with nothing else"
+            )
         if self.layer is not None and not 0 <= self.layer < model.cfg.n_layers:
-            raise UsageError(f"no layer {self.layer + 1} (blocks.{self.layer}): the model has layers 1..{model.cfg.n_layers}")
+            raise UsageError(
+                f"no layer {self.layer + 1} (blocks.{self.layer}): the model has layers 1..{model.cfg.n_layers}"
+            )
         if self.method not in GRADIENTS and self.at != "embed":
-            raise UsageError(f"method={self.method!r} replaces pieces at the decoder's door; leave at='embed', or use 'ig'")
+            raise UsageError(
+                f"method={self.method!r} replaces pieces at the decoder's door; leave at='embed', or use 'ig'"
+            )
         if min(self.n_steps, self.n_samples, self.batch, self.max_new_tokens) < 1:
             raise UsageError("n_steps, n_samples, batch and max_new_tokens must be at least 1")
 
@@ -185,7 +218,10 @@ class _Case:
 
     def _score(self) -> Any:
         with torch.no_grad():
-            own, base = (self.forward.at(d, torch.zeros(1, dtype=torch.long))[0] for d in (self.forward.door, self.base))
+            own, base = (
+                self.forward.at(d, torch.zeros(1, dtype=torch.long))[0]
+                for d in (self.forward.door, self.base)
+            )
         item = self.ready.item
         tokens, letters = answers_of(self.model, item, None if self.other is None else self.other.item)
         token = tokens[0] if tokens else int(own.argmax())
@@ -194,7 +230,9 @@ class _Case:
         rival = tokens[1] if tokens else int(base.argmax())
         output = self.what.output or ("logit_diff" if rival != token else "logprob")
         if output == "logit_diff" and rival == token:
-            raise UsageError(f"the baseline answers as the question does ({_text(self.model, token)!r}); use output='logprob'")
+            raise UsageError(
+                f"the baseline answers as the question does ({_text(self.model, token)!r}); use output='logprob'"
+            )
         return _Output(output, token, rival)
 
     @property
@@ -205,7 +243,9 @@ class _Case:
         """f(x), f(baseline)."""
         world = torch.zeros(1, dtype=torch.long)
         with torch.no_grad():
-            return float(self.scored.at(self.forward.door, world)[0]), float(self.scored.at(self.base, world)[0])
+            return float(self.scored.at(self.forward.door, world)[0]), float(
+                self.scored.at(self.base, world)[0]
+            )
 
     def game(self, members: Tensor) -> Coalitions:
         return Coalitions(self.scored, self.forward.door, self.base, members, batch=self.what.batch)
@@ -253,9 +293,23 @@ def _row(model: Any, key: str, ready: Ready, other: Any, what: _What, policy: An
     else:
         values, columns, notes = _replaced(case)
     x, base = case.ends()
-    answer = _text(model, case.score.token) if case.score is not None else model.tokenizer.decode(case.said) if model.tokenizer else case.said.tolist()
-    more = {"answer": answer, "output": case.output, "f": x, "f_baseline": base, "tower_calls": model.tower_calls - calls}
+    answer = _said_text(model, case)
+    more = {
+        "answer": answer,
+        "output": case.output,
+        "f": x,
+        "f_baseline": base,
+        "tower_calls": model.tower_calls - calls,
+    }
     return _Row(key, values, columns, {**more, **notes})
+
+
+def _said_text(model: Any, case: _Case) -> str:
+    """The answer that is attributed, as text (or as token ids without a tokenizer)."""
+    if case.said is None:
+        return _text(model, case.score.token)
+    ids = case.said.tolist()
+    return model.tokenizer.decode(ids) if model.tokenizer is not None else str(ids)
 
 
 def _replaced(case: _Case) -> tuple[np.ndarray, list[str] | None, dict[str, Any]]:
@@ -324,7 +378,11 @@ def _at_point(case: _Case) -> tuple[np.ndarray, list[str] | None, dict[str, Any]
         complete, values, total = got.complete, got.values, float(got.total[0])
         error = float(got.error[0]) if complete else None
     each = _per_position(values[0], what.at)
-    notes = {"completeness_error": error, "completeness": "applies" if complete else "not applicable", "total": total}
+    notes: dict[str, Any] = {
+        "completeness_error": error,
+        "completeness": "applies" if complete else "not applicable",
+        "total": total,
+    }
     if what.at == "embed":
         _, members = players_of(case.tokens, "tokens", (), None)
         with torch.no_grad():
@@ -350,7 +408,10 @@ def _gradient_shap(case: _Case) -> Tensor:
     with case.model.alone():
         method = LayerGradientShap(case.scored, case.model.hook_dict[case.what.point])
         values: Any = method.attribute(
-            case.forward.embeds, case.base.embeds, n_samples=case.what.n_samples, additional_forward_args=(case.forward.world,)
+            case.forward.embeds,
+            case.base.embeds,
+            n_samples=case.what.n_samples,
+            additional_forward_args=(case.forward.world,),
         )
     return values[0] if isinstance(values, tuple) else values
 
@@ -359,7 +420,9 @@ def _at_pixels(case: _Case) -> tuple[np.ndarray, list[str] | None, dict[str, Any
     from captum.attr import GradientShap, IntegratedGradients
 
     what, other = case.what, _pixel_baseline(case)
-    run = Pixels(case.model, case.ready, case.score or (lambda logits: logits), policy=case.policy, said=case.said)
+    run = Pixels(
+        case.model, case.ready, case.score or (lambda logits: logits), policy=case.policy, said=case.said
+    )
     x, base = run.value, run.of(other)
     torch.manual_seed(what.seed)
     np.random.seed(what.seed)
@@ -389,7 +452,9 @@ def _at_connector(case: _Case) -> tuple[np.ndarray, list[str] | None, dict[str, 
     what, other = case.what, _pixel_baseline(case)
     if what.method != "ig":
         raise UsageError("at the connector there is 'ig'; use at='embed' or 'pixels' for gradient_shap")
-    run = Pixels(case.model, case.ready, case.score or (lambda logits: logits), policy=case.policy, said=case.said)
+    run = Pixels(
+        case.model, case.ready, case.score or (lambda logits: logits), policy=case.policy, said=case.said
+    )
     x, base = run.value, run.of(other)
     with case.model.alone(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Internal batch size cannot be less")
@@ -417,12 +482,19 @@ def _ready(model: Any, item: Any, n_frames: int, mechanisms: Sequence[Any]) -> R
     else:
         ready = model.prepare(item, n_frames, mechanisms=mechanisms)
     if ready.n_worlds != 1:
-        raise UsageError(f"attribution takes one world at a time, got {ready.n_worlds}; prepare them one by one")
+        raise UsageError(
+            f"attribution takes one world at a time, got {ready.n_worlds}; prepare them one by one"
+        )
     return ready
 
 
 def _baselines(
-    model: Any, ready: Sequence[Ready], against: Any, items: Sequence[Any], n_frames: int, mechanisms: Sequence[Any]
+    model: Any,
+    ready: Sequence[Ready],
+    against: Any,
+    items: Sequence[Any],
+    n_frames: int,
+    mechanisms: Sequence[Any],
 ) -> list[Any]:
     """The other world of every item, prepared; for "mean" the mean video embedding, [d_model]."""
     if isinstance(against, list | tuple) and len(against) != len(ready):
@@ -435,7 +507,9 @@ def _baselines(
     if against == "mean":
         return [_mean_embedding(model, ready)] * len(ready)
     each = against if isinstance(against, list | tuple) else [against] * len(ready)
-    found = [corrupting.corrupted(model, r, a, n_frames, mechanisms) for r, a in zip(ready, each, strict=True)]
+    found = [
+        corrupting.corrupted(model, r, a, n_frames, mechanisms) for r, a in zip(ready, each, strict=True)
+    ]
     return [f if isinstance(f, Ready | Tensor) else _ready(model, f, n_frames, mechanisms) for f in found]
 
 
@@ -468,7 +542,13 @@ def _base_door(model: Any, ready: Ready, other: Any, forward: Forward) -> Any:
 def _said(model: Any, ready: Ready, what: _What, policy: Any) -> Tensor | None:
     """Token ids of the answer whose log probability is attributed; None: the answer is a single choice."""
     item = ready.item
-    if what.target is None and item is not None and not item.options and isinstance(item.answer, str) and model.tokenizer:
+    if (
+        what.target is None
+        and item is not None
+        and not item.options
+        and isinstance(item.answer, str)
+        and model.tokenizer
+    ):
         text = item.answer
     else:
         text = what.target
@@ -488,7 +568,9 @@ def _result(rows: Sequence[_Row], what: _What, against: Any, recipe: Recipe | No
     if gridded:
         shapes = {r.values.shape for r in rows}
         if len(shapes) > 1:
-            raise UsageError(f"the items have grids of {sorted(shapes)} video tokens; attribute them one by one")
+            raise UsageError(
+                f"the items have grids of {sorted(shapes)} video tokens; attribute them one by one"
+            )
         values, axes = np.stack([r.values for r in rows]), ("item", "frame", "row", "col")
         coords = {a: list(range(n)) for a, n in zip(axes[1:], values.shape[1:], strict=True)}
     else:
@@ -519,7 +601,9 @@ def _warn(rows: Sequence[_Row]) -> None:
         error = r.notes.get("completeness_error")
         if error is not None and r.notes.get("completeness", "applies") == "applies" and error > COMPLETE:
             warnings.warn(
-                f"{r.key}: the attributions miss f(x) - f(baseline) by {100 * error:.1f} %; take more n_steps", LabWarning, stacklevel=3
+                f"{r.key}: the attributions miss f(x) - f(baseline) by {100 * error:.1f} %; take more n_steps",
+                LabWarning,
+                stacklevel=3,
             )
 
 
@@ -537,6 +621,3 @@ def _keys(ready: Sequence[Ready]) -> list[str]:
 
 def _text(model: Any, token: int) -> str:
     return model.tokenizer.decode([token]) if model.tokenizer is not None else str(token)
-
-
-

@@ -59,9 +59,14 @@ class PatchingRecipe(Recipe):
     def run(self, *, progress: bool = True, model: Any = None, out: str | Path | None = None) -> list[Result]:
         """Load what the recipe names (or use `model`) and patch. Raises ConfigError if a file or the weights changed."""
         model = model or load_spec(self.model)
-        given = [s.model_dump(mode="json") for s in self.items] if isinstance(self.items, tuple) else self.items
+        given = (
+            [s.model_dump(mode="json") for s in self.items] if isinstance(self.items, tuple) else self.items
+        )
         items = load_items(given, base=self.folder)
-        fields = {n: getattr(self, n) for n in ("by", "site", "role", "window", "into", "against", "metric", "n_frames")}
+        fields = {
+            n: getattr(self, n)
+            for n in ("by", "site", "role", "window", "into", "against", "metric", "n_frames")
+        }
         return [patching(model, items, **fields, out=out, show_progress=progress, recipe=self)]
 
 
@@ -80,7 +85,9 @@ class Setup:
 
     def __post_init__(self) -> None:
         if self.into not in (CLEAN, CORRUPTED):
-            raise UsageError(f"into={self.into!r}; patch into 'corrupted' (restoring) or 'clean' (corrupting)")
+            raise UsageError(
+                f"into={self.into!r}; patch into 'corrupted' (restoring) or 'clean' (corrupting)"
+            )
         if self.window < 1:
             raise UsageError(f"window must be at least 1 layer, got {self.window}")
         if self.metric not in get_args(Metric):
@@ -133,7 +140,16 @@ def patching(
     of both worlds and the ledger. Raises UsageError for worlds whose tokens do not correspond, with the reason.
     """
     given = _listed(items)
-    setup = Setup(into, _against(given, against), metric, n_frames, model.pruning.chosen(policy), tuple(mechanisms), executor, window)
+    setup = Setup(
+        into,
+        _against(given, against),
+        metric,
+        n_frames,
+        model.pruning.chosen(policy),
+        tuple(mechanisms),
+        executor,
+        window,
+    )
     check_site(site)
     axis = by if isinstance(by, str) else "role"
     if axis not in get_args(By):
@@ -146,7 +162,9 @@ def patching(
         return list(columns), (worlds.evaluate(cells, into=into, executor=executor), n)
 
     rows = list(_rows(model, given, setup, grid, out, recipe, cancel, show_progress, "patching"))
-    return _result(rows, axis, setup, "activation patching", {"site": site, "by": by, "window": window}, recipe)
+    return _result(
+        rows, axis, setup, "activation patching", {"site": site, "by": by, "window": window}, recipe
+    )
 
 
 def path_patching(
@@ -161,7 +179,16 @@ def path_patching(
     The rest as in `patching`. Returns a Result with axes (item, path, layer). One batched pass of three worlds a point.
     """
     given = _listed(items)
-    setup = Setup(into, _against(given, against), metric, n_frames, model.pruning.chosen(policy), tuple(mechanisms), "reference", window)
+    setup = Setup(
+        into,
+        _against(given, against),
+        metric,
+        n_frames,
+        model.pruning.chosen(policy),
+        tuple(mechanisms),
+        "reference",
+        window,
+    )
     ends = [_ends(p) for p in paths]
     if not ends:
         raise UsageError("no paths given; write 'video->last' or the like")
@@ -176,7 +203,9 @@ def path_patching(
         ]
         return list(paths), (torch.stack([worlds.run(p)[at, -1] for p in points]), n)
 
-    rows = list(_rows(model, given, setup, grid, None, None, cancel, show_progress, "path patching", shadow=True))
+    rows = list(
+        _rows(model, given, setup, grid, None, None, cancel, show_progress, "path patching", shadow=True)
+    )
     made = _result(rows, "path", setup, "path patching", {"via": via, "window": window}, None)
     return Result(
         np.moveaxis(made.values, 1, 2), ("item", "path", "layer"), made.coords, made.unit, {}, made.name, made.notes,
@@ -198,7 +227,9 @@ def attribution_patching(
     if metric == "flip":
         raise UsageError("'flip' has no gradient; use 'recovered', 'logit_diff' or 'probability'")
     given = _listed(items)
-    setup = Setup(into, _against(given, against), metric, n_frames, model.pruning.chosen(policy), tuple(mechanisms))
+    setup = Setup(
+        into, _against(given, against), metric, n_frames, model.pruning.chosen(policy), tuple(mechanisms)
+    )
     found: list[tuple[Any, Any]] = []
 
     def grid(worlds: Worlds, score: Score) -> tuple[list[Any], Any]:
@@ -206,13 +237,19 @@ def attribution_patching(
         columns = _columns(worlds, by, site, role, setup)
         tokens, item = worlds.tokens(into), worlds.ready[into].item
         layers = sorted(effect)
-        values = torch.stack([_summed(effect[i], edits(i)[0], tokens, item) for i in layers for edits in columns.values()])
+        values = torch.stack(
+            [_summed(effect[i], edits(i)[0], tokens, item) for i in layers for edits in columns.values()]
+        )
         if exact:
             logits = worlds.evaluate([e(i) for i in layers for e in columns.values()], into=into)
             found.append((values, score(logits).cpu() - _start(score)))
         return list(columns), (values + _start(score), len(layers))
 
-    rows = list(_rows(model, given, setup, grid, None, None, cancel, show_progress, "attribution patching", scored=True))
+    rows = list(
+        _rows(
+            model, given, setup, grid, None, None, cancel, show_progress, "attribution patching", scored=True
+        )
+    )
     axis = by if isinstance(by, str) else "role"
     notes = {"site": site, "by": by, **({"against_exact": _error(found)} if exact else {})}
     return _result(rows, axis, setup, "attribution patching", notes, None)
@@ -221,13 +258,19 @@ def attribution_patching(
 # ---- what is patched ------------------------------------------------------------------------------------------------
 
 
-def _columns(worlds: Worlds, by: Any, site: str, role: str | None, setup: Setup) -> dict[Any, Callable[[int], list[Edit]]]:
+def _columns(
+    worlds: Worlds, by: Any, site: str, role: str | None, setup: Setup
+) -> dict[Any, Callable[[int], list[Edit]]]:
     """Coordinate -> the edits of a layer (0-based), in order."""
     tokens, model = worlds.tokens(setup.into), worlds.model
 
     def column(**which: Any) -> Callable[[int], list[Edit]]:
         def edits(layer: int) -> list[Edit]:
-            layers = None if site == EMBED else _having(model, site, layers_of(layer, setup.window, model.cfg.n_layers))
+            layers = (
+                None
+                if site == EMBED
+                else _having(model, site, layers_of(layer, setup.window, model.cfg.n_layers))
+            )
             return [] if layers == () else [take(setup.way, site=site, layers=layers, **which)]
 
         return edits
@@ -236,7 +279,10 @@ def _columns(worlds: Worlds, by: Any, site: str, role: str | None, setup: Setup)
         case "frame":
             if not tokens.n_frames:
                 raise UsageError("this prompt has no video tokens; use by='role'")
-            return {f: column(role=role or "video", frame=f) for f in sorted(set(tokens.frame[tokens.where(role="video")].tolist()))}
+            return {
+                f: column(role=role or "video", frame=f)
+                for f in sorted(set(tokens.frame[tokens.where(role="video")].tolist()))
+            }
         case "head":
             if not n_heads(model, site):
                 raise UsageError(f"site {site!r} has no heads; use site='z'")
@@ -295,17 +341,26 @@ def _rows(
     run = None
     if out is not None:
         if recipe is None:
-            raise UsageError("a journal needs a recipe: items from a file or a simulator, by `vlab patch` or PatchingRecipe")
+            raise UsageError(
+                "a journal needs a recipe: items from a file or a simulator, by `vlab patch` or PatchingRecipe"
+            )
         run = Run(out, recipe, cancel=cancel).__enter__()
     try:
-        for key, item, other in progress(list(zip(keys, items, others, strict=True)), desc=desc, show=show, cancel=cancel):
+        for key, item, other in progress(
+            list(zip(keys, items, others, strict=True)), desc=desc, show=show, cancel=cancel
+        ):
             if run is not None and run.done(key):
                 held = run.results()[key]
                 yield _Row(key, held["columns"], held["values"], held["notes"], Ledger(**held["spent"]))
                 continue
             row = _row(model, key, setup.worlds(model, item, other, shadow), setup, grid, scored)
             if run is not None:
-                plain = {"columns": row.columns, "values": row.values, "notes": row.notes, "spent": row.spent.plain()}
+                plain = {
+                    "columns": row.columns,
+                    "values": row.values,
+                    "notes": row.notes,
+                    "spent": row.spent.plain(),
+                }
                 run.record(key, plain, row.spent)
             yield row
     finally:
@@ -330,7 +385,9 @@ def _row(model: Any, key: str, worlds: Worlds, setup: Setup, grid: Any, scored: 
     return _Row(key, columns, values.tolist(), notes, spent)
 
 
-def _result(rows: Sequence[_Row], axis: str, setup: Setup, name: str, notes: dict[str, Any], recipe: Recipe | None) -> Result:
+def _result(
+    rows: Sequence[_Row], axis: str, setup: Setup, name: str, notes: dict[str, Any], recipe: Recipe | None
+) -> Result:
     columns = list(dict.fromkeys(c for row in rows for c in row.columns))
     if axis == "frame" and any(row.columns != columns for row in rows):
         counts = sorted({len(row.columns) for row in rows})

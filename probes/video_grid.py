@@ -19,7 +19,11 @@ def grid_shape(tokens: Any) -> tuple[int, int, int]:
     video = tokens.where(role="video")
     if not len(video):
         raise UsageError("this prompt has no video tokens to attribute to")
-    return int(tokens.frame[video].max()) + 1, int(tokens.row[video].max()) + 1, int(tokens.col[video].max()) + 1
+    return (
+        int(tokens.frame[video].max()) + 1,
+        int(tokens.row[video].max()) + 1,
+        int(tokens.col[video].max()) + 1,
+    )
 
 
 def painted(tokens: Any, values: Float[Tensor, " pos"]) -> np.ndarray:
@@ -30,7 +34,9 @@ def painted(tokens: Any, values: Float[Tensor, " pos"]) -> np.ndarray:
     return out.numpy()
 
 
-def pooled(values: Float[Tensor, "..."], shape: tuple[int, int, int], *, channels: str) -> Float[Tensor, "frame row col"]:
+def pooled(
+    values: Float[Tensor, "..."], shape: tuple[int, int, int], *, channels: str
+) -> Float[Tensor, "frame row col"]:
     """Attributions of pixels, patches or connector outputs, summed over what each video token covers.
 
     channels  "first": [frame, channel, y, x]; "last": [..., channel], flat over frames, patches in order of the tokens'
@@ -54,7 +60,9 @@ def pooled(values: Float[Tensor, "..."], shape: tuple[int, int, int], *, channel
     return _areas(flat.reshape(frames, side, each // side), shape)
 
 
-def merged(values: Float[Tensor, "patch feature"], shape: tuple[int, int, int]) -> Float[Tensor, "frame row col"]:
+def merged(
+    values: Float[Tensor, "patch feature"], shape: tuple[int, int, int]
+) -> Float[Tensor, "frame row col"]:
     """Attributions of a family's flat patches, whose merged groups lie side by side, summed over each token's group."""
     n = shape[0] * shape[1] * shape[2]
     if values.shape[0] % n:
@@ -75,7 +83,9 @@ def _areas(values: Float[Tensor, "frame y x"], shape: tuple[int, int, int]) -> F
 # ---- players --------------------------------------------------------------------------------------------------------
 
 
-def players_of(tokens: Any, kind: str, block: Sequence[int], item: Any) -> tuple[list[str], Bool[Tensor, "player pos"]]:
+def players_of(
+    tokens: Any, kind: str, block: Sequence[int], item: Any
+) -> tuple[list[str], Bool[Tensor, "player pos"]]:
     """Names and members of the groups of video tokens: "frames", "tubelets" (blocks), "tokens", or "objects".
 
     Raises UsageError for "objects" of a video whose ground truth is not known.
@@ -92,7 +102,9 @@ def players_of(tokens: Any, kind: str, block: Sequence[int], item: Any) -> tuple
         case "tubelets":
             size = tuple(int(b) for b in block)
             if len(size) != 3 or min(size) < 1:
-                raise UsageError(f"a tubelet has a length, height and width of at least 1 token, got {tuple(block)}")
+                raise UsageError(
+                    f"a tubelet has a length, height and width of at least 1 token, got {tuple(block)}"
+                )
         case "objects":
             return _objects(tokens, video, shape, item)
         case _:
@@ -116,14 +128,22 @@ def _objects(tokens: Any, video: Tensor, shape: tuple[int, int, int], item: Any)
     """Every object's tokens in all frames, by its bounding boxes; what is in no box is the background."""
     boxes = object_boxes(None if item is None else item.state)
     if not boxes:
-        raise UsageError("players='objects' needs a simulated video (its item's state); use 'frames' or 'tubelets'")
+        raise UsageError(
+            "players='objects' needs a simulated video (its item's state); use 'frames' or 'tubelets'"
+        )
     names, groups, free = [], [], video.clone()
     for name, per_frame in boxes.items():
         hit = torch.zeros_like(video)
         for f in range(shape[0]):
-            spans = [b for i, b in enumerate(per_frame) if i * shape[0] // len(per_frame) == f and b is not None]
+            spans = [
+                b for i, b in enumerate(per_frame) if i * shape[0] // len(per_frame) == f and b is not None
+            ]
             for left, top, right, bottom in spans:
-                hit |= (tokens.frame == f) & _over(tokens.col, left, right, shape[2]) & _over(tokens.row, top, bottom, shape[1])
+                hit |= (
+                    (tokens.frame == f)
+                    & _over(tokens.col, left, right, shape[2])
+                    & _over(tokens.row, top, bottom, shape[1])
+                )
         hit &= free
         if bool(hit.any()):
             names.append(name)

@@ -90,7 +90,9 @@ def test_exact_shapley_equals_captums_on_a_real_decoder() -> None:
     assert float((ours - theirs).abs().max()) <= TOL < 1e-3 < float(ours.abs().max())
     with torch.no_grad():  # what a coalition is, by hand
         mixed = forward.embeds.clone()
-        mixed[:, ~members[1]] = torch.where(members.any(0)[~members[1], None], game.base.embeds[:, ~members[1]], mixed[:, ~members[1]])
+        mixed[:, ~members[1]] = torch.where(
+            members.any(0)[~members[1], None], game.base.embeds[:, ~members[1]], mixed[:, ~members[1]]
+        )
         assert abs(float(forward(mixed)[0]) - float(game(torch.tensor([[0.0, 1.0, 0.0]]))[0])) <= TOL
 
 
@@ -121,7 +123,9 @@ def test_every_family_every_way(name: str) -> None:
 
 def test_z_and_patterns_have_no_completeness() -> None:
     for at in ("z", "pattern"):
-        notes = quiet(model_of("llava_onevision"), inputs("llava_onevision"), method="ig", at=at, layer=1, n_steps=4).notes
+        notes = quiet(
+            model_of("llava_onevision"), inputs("llava_onevision"), method="ig", at=at, layer=1, n_steps=4
+        ).notes
         assert notes["items"]["item:1"]["completeness"] == "not applicable"
         assert notes["items"]["item:1"]["completeness_error"] is None
 
@@ -130,7 +134,10 @@ def test_pixels_are_complete_and_lie_over_their_tokens() -> None:
     for name in ("llava_onevision", "qwen2_5_vl"):
         found = quiet(model_of(name), inputs(name), method="ig", at="pixels", n_steps=24)
         notes = found.notes["items"]["item:1"]
-        assert notes["completeness_error"] <= 0.01 and abs(found.values.sum() - notes["total"]) <= 0.01 * abs(notes["total"]) + TOL
+        assert (
+            notes["completeness_error"] <= 0.01
+            and abs(found.values.sum() - notes["total"]) <= 0.01 * abs(notes["total"]) + TOL
+        )
     ones = torch.ones(2, 3, 6, 6)
     assert pooled(ones, (2, 3, 3), channels="first").unique().tolist() == [12.0]
 
@@ -152,7 +159,9 @@ def test_the_raw_library_drops_the_video_and_ours_does_not() -> None:
     target = torch.tensor([40, 50])
     with torch.no_grad():
         raw = Raw(FeatureAblation(model.hf), model.tokenizer).attribute(given, target=target)
-        slow = Raw(FeatureAblation(model.hf), model.tokenizer).attribute(given, target=target, use_cached_outputs=False)
+        slow = Raw(FeatureAblation(model.hf), model.tokenizer).attribute(
+            given, target=target, use_cached_outputs=False
+        )
         ours = llm_attribution(model, FeatureAblation(model.hf)).attribute(given, target=target)
     assert float(raw.seq_attr.abs().max()) == 0.0, "if this fails, captum was mended: the adapter may go"
     assert float(slow.seq_attr.abs().min()) > 1e-4
@@ -203,13 +212,22 @@ def test_the_planted_models_frames_and_objects() -> None:
     item = questions(1, seed=4)[0]
     frames = quiet(planted(), item)
     notes = frames.notes["items"][item.id]
-    assert notes["decoder_rows"] == 256 and notes["tower_calls"] == 2 and notes["exact"] and notes["completeness_error"] <= 1e-5
+    assert (
+        notes["decoder_rows"] == 256
+        and notes["tower_calls"] == 2
+        and notes["exact"]
+        and notes["completeness_error"] <= 1e-5
+    )
     worth = frames.values[0]
     assert {int(worth.argmax())} <= {0, 1, 6, 7} and abs(worth[[2, 3, 4]]).max() < 0.1 * worth.max()
     objects = quiet(planted(), item, players="objects")
     assert objects.axes == ("item", "player") and objects.coords["player"] == ["yellow square", "background"]
-    cut = Policy.from_dict({"format": "edge-policy/1", "cuts": [{"layers": "2", "q": "option", "k": "video"}]})
-    assert abs(quiet(planted(), item, policy=cut, output="logprob").values).max() < 1e-3, "the video reaches nobody"
+    cut = Policy.from_dict(
+        {"format": "edge-policy/1", "cuts": [{"layers": "2", "q": "option", "k": "video"}]}
+    )
+    assert abs(quiet(planted(), item, policy=cut, output="logprob").values).max() < 1e-3, (
+        "the video reaches nobody"
+    )
     blocks = quiet(planted(), item, players="tubelets", block=(4, 4, 4))
     assert blocks.values.shape == (1, 8, 4, 4) and len(np.unique(blocks.values.round(6))) == 2
     total = notes["f"] - notes["f_baseline"]
@@ -222,7 +240,12 @@ def test_ig_needs_no_more_steps_than_completeness_asks_for() -> None:
     found = quiet(planted(), item, method="ig", n_steps=8)
     assert found.notes["items"][item.id]["completeness_error"] <= 0.01
     few = layer_integrated_gradients(
-        planted(), planted().prepare(item), "embed.hook_out", baseline=planted().prepare(item.twin), target=6, n_steps=8
+        planted(),
+        planted().prepare(item),
+        "embed.hook_out",
+        baseline=planted().prepare(item.twin),
+        target=6,
+        n_steps=8,
     )
     assert few.fails, "eight steps alone are too few here"
 

@@ -13,7 +13,7 @@ from lab.errors import UsageError
 from lab.runs import Cancel, Cancelled
 from lab.sim.planted import planted_model, questions
 from probes import patching as probe
-from probes.patching import PatchingRecipe, attribution_patching, path_patching, patching
+from probes.patching import PatchingRecipe, attribution_patching, patching, path_patching
 from tests.families import FAMILIES, inputs
 from tests.test_patch import model_of, two
 
@@ -37,7 +37,11 @@ def test_the_grid_lights_exactly_the_planted_cells(executor: str) -> None:
     whole = [roles.select(layer=layer, role=role).values for layer, role in lit]
     assert np.abs(np.array(whole) - 1).max() <= 1e-4, "and each carries all of it"
     heads = quiet(planted(), ITEMS, by="head", site="z", executor=executor)
-    assert {(r["layer"], r["head"]) for r in heads.tidy() if abs(r["value"]) > 1e-3} == {(1, 0), (2, 0), (3, 0)}
+    assert {(r["layer"], r["head"]) for r in heads.tidy() if abs(r["value"]) > 1e-3} == {
+        (1, 0),
+        (2, 0),
+        (3, 0),
+    }
 
 
 def test_relays_of_the_other_variants() -> None:
@@ -45,7 +49,9 @@ def test_relays_of_the_other_variants() -> None:
     assert leak.values.shape == (1, 4, 3)
     assert np.abs(leak.values[0] - [[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]]).max() <= 1e-3
     decoy = quiet(planted("decoy"), ITEMS[0], by="head", site="z", role="last")
-    assert decoy.values[0, 2, 0] > 0.99 and abs(decoy.values[0, 2, 2]) <= 1e-5, "the decoy's head carries nothing"
+    assert decoy.values[0, 2, 0] > 0.99 and abs(decoy.values[0, 2, 2]) <= 1e-5, (
+        "the decoy's head carries nothing"
+    )
 
 
 def test_into_the_clean_run_and_flips() -> None:
@@ -55,14 +61,22 @@ def test_into_the_clean_run_and_flips() -> None:
     assert prob[0] > 0.9
     diff = quiet(planted(), ITEMS[0], by="role", metric="logit_diff").select(layer=1, role="question").values
     notes = quiet(planted(), ITEMS[0]).notes["worlds"][ITEMS[0].id]
-    assert abs(diff[0] - notes["score"]["corrupted"]) <= 1e-3 and notes["answers"]["clean"] != notes["answers"]["corrupted"]
+    assert (
+        abs(diff[0] - notes["score"]["corrupted"]) <= 1e-3
+        and notes["answers"]["clean"] != notes["answers"]["corrupted"]
+    )
 
 
 def test_a_policy_that_cuts_the_circuit_leaves_nothing_to_restore() -> None:
     cut = Policy.from_dict({"format": "edge-policy/1", "cuts": [{"layers": "3", "q": "last", "k": "video"}]})
     same = quiet(planted(), ITEMS[0], policy=cut)
-    assert np.abs(same.values - quiet(planted(), ITEMS[0]).values).max() <= 1e-5 and same.notes["fallbacks"] == []
-    cut = Policy.from_dict({"format": "edge-policy/1", "cuts": [{"layers": "2", "heads": [0], "q": "option", "k": "video"}]})
+    assert (
+        np.abs(same.values - quiet(planted(), ITEMS[0]).values).max() <= 1e-5
+        and same.notes["fallbacks"] == []
+    )
+    cut = Policy.from_dict(
+        {"format": "edge-policy/1", "cuts": [{"layers": "2", "heads": [0], "q": "option", "k": "video"}]}
+    )
     gone = quiet(planted(), ITEMS[0], policy=cut, metric="probability")
     assert np.ptp(gone.values) <= 1e-4
     with planted().pruned(cut):
@@ -70,10 +84,14 @@ def test_a_policy_that_cuts_the_circuit_leaves_nothing_to_restore() -> None:
 
 
 def test_paths() -> None:
-    found = path_patching(planted(), ITEMS[0], ["video->option", "option->last", "video->last"], show_progress=False)
+    found = path_patching(
+        planted(), ITEMS[0], ["video->option", "option->last", "video->last"], show_progress=False
+    )
     assert found.axes == ("item", "path", "layer")
     assert np.abs(found.values[0] - [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]).max() <= 1e-4
-    where = path_patching(planted(), ITEMS[0], ["option->last"], via="k", head=0, show_progress=False).values[0, 0]
+    where = path_patching(planted(), ITEMS[0], ["option->last"], via="k", head=0, show_progress=False).values[
+        0, 0
+    ]
     assert where[2] > 0.1 and np.abs(where[[0, 1, 3]]).max() <= 1e-5
     for bad, said in ((["video"], "'sender->receiver'"), (["video->lst"], "no role 'lst'"), ([], "no paths")):
         with pytest.raises(UsageError, match=said):
@@ -84,7 +102,9 @@ def test_attribution_patching_says_how_wrong_it_is() -> None:
     found = attribution_patching(planted(), ITEMS, by="role", show_progress=False)
     error = found.notes["against_exact"]
     exact = quiet(planted(), ITEMS, by="role")
-    assert abs(error["max_abs"] - np.abs(found.values - exact.values).max()) <= 1e-4 and error["max_abs"] > 0.1
+    assert (
+        abs(error["max_abs"] - np.abs(found.values - exact.values).max()) <= 1e-4 and error["max_abs"] > 0.1
+    )
     assert abs(error["pearson"] - np.corrcoef(found.values.ravel(), exact.values.ravel())[0, 1]) <= 1e-4
     lit = {(r["layer"], r["role"]) for r in found.tidy() if abs(r["value"]) > 1e-3}
     assert lit == {(1, "frame"), (2, "frame"), (3, "option"), (4, "last")}
@@ -104,7 +124,11 @@ def test_other_worlds_than_twins() -> None:
 def test_every_family(name: str) -> None:
     model, x = model_of(name), inputs(name)
     grid = quiet(model, x, metric="logit_diff")
-    assert grid.axes == ("item", "layer", "frame") and np.isfinite(grid.values).all() and np.ptp(grid.values) > 1e-4
+    assert (
+        grid.axes == ("item", "layer", "frame")
+        and np.isfinite(grid.values).all()
+        and np.ptp(grid.values) > 1e-4
+    )
     assert grid.notes["against"] == "reversed" and grid.notes["fallbacks"] == []
     slow = quiet(model, x, metric="logit_diff", executor="reference", against=two(name)["corrupted"])
     if not name.startswith("qwen") and name != "video_llama_3":  # their patches reverse by tubelet
@@ -116,15 +140,28 @@ def test_every_family(name: str) -> None:
 
 
 def test_an_interrupted_grid_goes_on(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = PatchingRecipe(items={"sim": "moving_direction", "n": 3, "seed": 1}, by="role", site="resid_post")  # type: ignore[arg-type]
-    whole = patching(planted(), questions(3, seed=1), by="role", site="resid_post", show_progress=False, recipe=recipe)
+    recipe = PatchingRecipe(
+        items={"sim": "moving_direction", "n": 3, "seed": 1}, by="role", site="resid_post"
+    )  # type: ignore[arg-type]
+    whole = patching(
+        planted(), questions(3, seed=1), by="role", site="resid_post", show_progress=False, recipe=recipe
+    )
     cancel, record = Cancel(), probe.Run.record
 
     def and_stop(self: Any, key: str, *args: Any) -> None:
         cancel.set()
         record(self, key, *args)
 
-    again = functools.partial(patching, planted(), questions(3, seed=1), by="role", site="resid_post", show_progress=False, recipe=recipe, out=tmp_path)
+    again = functools.partial(
+        patching,
+        planted(),
+        questions(3, seed=1),
+        by="role",
+        site="resid_post",
+        show_progress=False,
+        recipe=recipe,
+        out=tmp_path,
+    )
     with monkeypatch.context() as m, pytest.raises(Cancelled):
         m.setattr(probe.Run, "record", and_stop)
         again(cancel=cancel)

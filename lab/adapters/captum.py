@@ -75,9 +75,15 @@ class Forward:
             return door
         embedding: Any = cast(Any, self.model.hf).get_input_embeddings()
         more = door.then(embedding(ids.to(door.embeds.device))[None].expand(len(door.embeds), -1, -1))
-        rope = door.rope if door.rope.shape[-2] == more.rope.shape[-2] else door.rope.expand(*more.rope.shape[:-1], -1)
+        rope = (
+            door.rope
+            if door.rope.shape[-2] == more.rope.shape[-2]
+            else door.rope.expand(*more.rope.shape[:-1], -1)
+        )
         deep = tuple(torch.cat([x, torch.zeros_like(more.embeds)], 1) for x in door.deep)
-        return Door(torch.cat([door.embeds, more.embeds], 1), torch.cat([rope, more.rope], -1), more.pad, deep)
+        return Door(
+            torch.cat([door.embeds, more.embeds], 1), torch.cat([rope, more.rope], -1), more.pad, deep
+        )
 
     def _said(self, logits: Tensor) -> Float[Tensor, " row"]:
         assert self.said is not None
@@ -118,7 +124,16 @@ def arrived(model: VideoLLM, ready: Ready) -> tuple[Door, tuple[Any, ...]]:
 COMPLETE = 0.01  # completeness error that is accepted, as a share of f(x) - f(baseline)
 SMALL = 1e-3  # below so much of a difference, rounding decides about shares
 MOST_STEPS = 512
-PASSED_BY = ("hook_z", "hook_pattern", "hook_attn_scores", "hook_v", "hook_q", "hook_k", "hook_attn_out", "hook_mlp_out")
+PASSED_BY = (
+    "hook_z",
+    "hook_pattern",
+    "hook_attn_scores",
+    "hook_v",
+    "hook_q",
+    "hook_k",
+    "hook_attn_out",
+    "hook_mlp_out",
+)
 
 
 @dataclass(frozen=True)

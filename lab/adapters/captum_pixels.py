@@ -36,10 +36,14 @@ class Pixels:
     ) -> None:  # fmt: skip
         name = next((n for n in PIXELS if isinstance(ready.inputs.get(n), Tensor)), None)
         if name is None or ready.n_worlds != 1:
-            raise UsageError(f"attribution to pixels needs one question with a video, got inputs {', '.join(ready.inputs)}")
+            raise UsageError(
+                f"attribution to pixels needs one question with a video, got inputs {', '.join(ready.inputs)}"
+            )
         self.model, self.ready, self.score, self.policy, self.said = model, ready, score, policy, said
         self.name, self.rows = name, 0
-        self.has_world = ready.inputs[name].ndim == 5  # [world, frame, 3, y, x]; else frames or patches come first
+        self.has_world = (
+            ready.inputs[name].ndim == 5
+        )  # [world, frame, 3, y, x]; else frames or patches come first
         self.value: Tensor = self.of(ready)
 
     def of(self, ready: Ready) -> Tensor:
@@ -57,7 +61,9 @@ class Pixels:
         if self.said is None:
             return self.score(self.model(ready, policy=self.policy)[:, -1])
         logits = target_logits(self.model, ready, self.said[None].to(self.model.device), policy=self.policy)
-        return logits.float().log_softmax(-1).gather(-1, self.said.to(logits.device)[None, :, None]).sum((1, 2))
+        return (
+            logits.float().log_softmax(-1).gather(-1, self.said.to(logits.device)[None, :, None]).sum((1, 2))
+        )
 
 
 def llm_attribution(model: VideoLLM, method: Any, tokenizer: Any = None) -> Any:
@@ -74,7 +80,9 @@ def llm_attribution(model: VideoLLM, method: Any, tokenizer: Any = None) -> Any:
             ready = model.prepare_inputs(**inp.to_model_input(perturbed_tensor))
             with torch.no_grad():
                 logits = target_logits(model, ready, target_tokens[None].to(model.device))
-            each = logits[0].float().log_softmax(-1).gather(-1, target_tokens.to(logits.device)[:, None])[:, 0]
+            each = (
+                logits[0].float().log_softmax(-1).gather(-1, target_tokens.to(logits.device)[:, None])[:, 0]
+            )
             out = torch.cat([each.sum()[None], each])[None] if self.include_per_token_attr else each.sum()
             return out if self.attr_target == "log_prob" else out.exp()
 
@@ -117,7 +125,9 @@ def _make_frames_class() -> Any:
         def _mixed(self, keep: Tensor) -> Tensor:
             own = self.inputs[self.name]
             frames = self.n_itp_features
-            shaped = own[0] if own.ndim == 5 else own.reshape(frames, -1, *own.shape[1:]) if own.ndim == 2 else own
+            shaped = (
+                own[0] if own.ndim == 5 else own.reshape(frames, -1, *own.shape[1:]) if own.ndim == 2 else own
+            )
             other = self.base.reshape(shaped.shape)
             share = keep.to(shaped).reshape(-1, *[1] * (shaped.ndim - 1))
             return (shaped * share + other * (1 - share)).reshape(own.shape)

@@ -30,7 +30,9 @@ class Coalitions:
     runs      decoder rows computed so far
     """
 
-    def __init__(self, forward: Any, door: Door, base: Door, players: Bool[Tensor, "player pos"], *, batch: int = 32) -> None:
+    def __init__(
+        self, forward: Any, door: Door, base: Door, players: Bool[Tensor, "player pos"], *, batch: int = 32
+    ) -> None:
         if base.embeds.shape != door.embeds.shape:
             raise UsageError(
                 f"the baseline is {tuple(base.embeds.shape)} at the door, the question {tuple(door.embeds.shape)}"
@@ -62,7 +64,9 @@ class Coalitions:
         rope = x.rope if x.rope.ndim == 2 else x.rope.expand(-1, rows, -1)
         pad = None if x.pad is None else x.pad.expand(rows, -1)
         mixed = x.embeds * keep + self.base.embeds * (1 - keep)
-        return self.forward.at(Door(mixed, rope, pad, deep), torch.zeros(rows, dtype=torch.long, device=mixed.device))
+        return self.forward.at(
+            Door(mixed, rope, pad, deep), torch.zeros(rows, dtype=torch.long, device=mixed.device)
+        )
 
     def _kept(self, shares: Tensor) -> Float[Tensor, "row pos"]:
         """How much of every position is the question's own."""
@@ -91,7 +95,12 @@ def _exact(game: Coalitions, n: int) -> Tensor:
         size = sum(row)
         for p in (p for p in range(n) if not row[p]):
             joined = at[(*row[:p], 1, *row[p + 1 :])]
-            values[p] += math.factorial(size) * math.factorial(n - size - 1) / math.factorial(n) * (worth[joined] - worth[i])
+            values[p] += (
+                math.factorial(size)
+                * math.factorial(n - size - 1)
+                / math.factorial(n)
+                * (worth[joined] - worth[i])
+            )
     return values.float()
 
 
@@ -100,10 +109,14 @@ def ablation(game: Coalitions) -> Float[Tensor, " player"]:
     from captum.attr import FeatureAblation
 
     n = len(game.players)
-    return FeatureAblation(game).attribute(torch.ones(1, n), torch.zeros(1, n), perturbations_per_eval=game.batch)[0]
+    return FeatureAblation(game).attribute(
+        torch.ones(1, n), torch.zeros(1, n), perturbations_per_eval=game.batch
+    )[0]
 
 
-def occlusion(game: Coalitions, shape: Sequence[int], window: Sequence[int], strides: Sequence[int]) -> Tensor:
+def occlusion(
+    game: Coalitions, shape: Sequence[int], window: Sequence[int], strides: Sequence[int]
+) -> Tensor:
     """captum's Occlusion: a block of (frames, rows, columns) slides over the video's tokens, which are the players.
 
     Returns [frame, row, col].
@@ -111,11 +124,15 @@ def occlusion(game: Coalitions, shape: Sequence[int], window: Sequence[int], str
     from captum.attr import Occlusion
 
     if math.prod(shape) != len(game.players):
-        raise UsageError(f"occlusion slides over a full grid; {len(game.players)} tokens do not make {tuple(shape)}")
+        raise UsageError(
+            f"occlusion slides over a full grid; {len(game.players)} tokens do not make {tuple(shape)}"
+        )
     size = tuple(min(w, s) for w, s in zip(window, shape, strict=True))
     step = tuple(min(s, w) for s, w in zip(strides, size, strict=True))
     ones = torch.ones(1, *shape)
-    return Occlusion(game).attribute(ones, size, step, torch.zeros_like(ones), perturbations_per_eval=game.batch)[0]
+    return Occlusion(game).attribute(
+        ones, size, step, torch.zeros_like(ones), perturbations_per_eval=game.batch
+    )[0]
 
 
 def infidelity(

@@ -28,7 +28,11 @@ from lab.model.zoo import load, wrap
 from lab.patch import Worlds, take
 from lab.sim.tasks import draw_items
 
-CASES = {"tiny": (8, 64), "8 frames, L 1,267": (8, 96), "16 frames, L 3,251": (16, 112)}  # frames, side of a frame
+CASES = {
+    "tiny": (8, 64),
+    "8 frames, L 1,267": (8, 96),
+    "16 frames, L 3,251": (16, 112),
+}  # frames, side of a frame
 FIFTH = 5.0  # the least ratio aimed at
 
 

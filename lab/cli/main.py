@@ -192,11 +192,19 @@ def sweep(
 
 Items = Annotated[
     str,
-    typer.Option("--items", metavar="FILE", help='Questions: .jsonl or .yaml, or a simulator task: \'{"sim": "moving_direction", "n": 8}\'.'),
+    typer.Option(
+        "--items",
+        metavar="FILE",
+        help='Questions: .jsonl or .yaml, or a simulator task: \'{"sim": "moving_direction", "n": 8}\'.',
+    ),
 ]
 Against = Annotated[
     str | None,
-    typer.Option("--against", metavar="NAME", help="The other world: twin, reversed, blank, noise, mean (default: twin, else reversed)."),
+    typer.Option(
+        "--against",
+        metavar="NAME",
+        help="The other world: twin, reversed, blank, noise, mean (default: twin, else reversed).",
+    ),
 ]
 
 
@@ -218,7 +226,9 @@ def patch(
 
     def work() -> Reply:
         asked = {"site": site, "role": role, "into": into, "against": against, "metric": metric}
-        return probing.patch_items(items, asking.Setting(model, device, dtype, frames, None), by, window, asked, out)
+        return probing.patch_items(
+            items, asking.Setting(model, device, dtype, frames, None), by, window, asked, out
+        )
 
     _finish(work, as_json)
 
@@ -241,9 +251,16 @@ def attribute(
 
     def work() -> Reply:
         asked = {
-            "method": method, "place": place, "players": players, "against": against, "target": target, "output": output
+            "method": method,
+            "place": place,
+            "players": players,
+            "against": against,
+            "target": target,
+            "output": output,
         }
-        return probing.attribute_items(items, asking.Setting(model, device, dtype, frames, None), layer, asked, out)
+        return probing.attribute_items(
+            items, asking.Setting(model, device, dtype, frames, None), layer, asked, out
+        )
 
     _finish(work, as_json)
 

@@ -14,7 +14,9 @@ from lab.cli.sweeps import _source
 from lab.errors import UsageError
 
 
-def patch_items(items: str, setting: Setting, by: str, layers: int | None, asked: Mapping[str, Any], out: str) -> Reply:
+def patch_items(
+    items: str, setting: Setting, by: str, layers: int | None, asked: Mapping[str, Any], out: str
+) -> Reply:
     """A patching grid: result, report, picture and recipe in folder `out`; interrupted, the same command goes on."""
     from probes.patching import PatchingRecipe
 
@@ -22,7 +24,9 @@ def patch_items(items: str, setting: Setting, by: str, layers: int | None, asked
     return _probed(PatchingRecipe, items, setting, fields, Path(out))
 
 
-def attribute_items(items: str, setting: Setting, layer: int | None, asked: Mapping[str, Any], out: str) -> Reply:
+def attribute_items(
+    items: str, setting: Setting, layer: int | None, asked: Mapping[str, Any], out: str
+) -> Reply:
     """An attribution, with the first question's frames painted over."""
     from probes.attribution import AttributionRecipe
 
@@ -30,7 +34,9 @@ def attribute_items(items: str, setting: Setting, layer: int | None, asked: Mapp
     return _probed(AttributionRecipe, items, setting, fields, Path(out), paint=True)
 
 
-def _probed(kind: Any, items: str, setting: Setting, fields: Mapping[str, Any], folder: Path, *, paint: bool = False) -> Reply:
+def _probed(
+    kind: Any, items: str, setting: Setting, fields: Mapping[str, Any], folder: Path, *, paint: bool = False
+) -> Reply:
     from pydantic import ValidationError
 
     from lab.recipe import ModelSpec, dump, explain
@@ -41,7 +47,9 @@ def _probed(kind: Any, items: str, setting: Setting, fields: Mapping[str, Any], 
     model = setting.load()
     given = {k: v for k, v in fields.items() if v is not None}
     try:
-        recipe = kind(model=ModelSpec(**(model.spec or {})), items=source, n_frames=setting.frames or 8, **given)
+        recipe = kind(
+            model=ModelSpec(**(model.spec or {})), items=source, n_frames=setting.frames or 8, **given
+        )
     except ValidationError as e:
         raise UsageError(explain(e, kind)) from None
     results = resumable(recipe, folder, model=model)
@@ -54,7 +62,9 @@ def _probed(kind: Any, items: str, setting: Setting, fields: Mapping[str, Any], 
         "recipe": recipe.id, "ledger": ledger, "files": [str(f) for f in [*files, folder / "recipe.yaml"]],
         "results": [json.loads(r.to_json()) for r in results],
     }  # fmt: skip
-    spent = f"{ledger['forwards']:.1f} forward-equivalents in place of {ledger['naive']:.0f}" if ledger else ""
+    spent = (
+        f"{ledger['forwards']:.1f} forward-equivalents in place of {ledger['naive']:.0f}" if ledger else ""
+    )
     lines = [repr(results[0]), *_reading(results), spent, *data["files"]]
     return Reply(data, "\n".join(line for line in lines if line))
 
@@ -74,9 +84,14 @@ def _painted(model: Any, recipe: Any, results: Sequence[Any], folder: Path) -> N
     result = results[0]
     if "frame" not in result.axes:
         return
-    given = [s.model_dump(mode="json") for s in recipe.items] if isinstance(recipe.items, tuple) else recipe.items
+    given = (
+        [s.model_dump(mode="json") for s in recipe.items] if isinstance(recipe.items, tuple) else recipe.items
+    )
     item = load_items(given, base=recipe.folder)[0]
     frames = model.prepare(item, recipe.n_frames).frames
     pixels = frames.pixels.permute(0, 2, 3, 1).cpu().numpy()
-    pictures = {item.question: pixels, f"What each piece is worth ({result.name})": overlay(result.values[0], pixels)}
+    pictures = {
+        item.question: pixels,
+        f"What each piece is worth ({result.name})": overlay(result.values[0], pixels),
+    }
     report(list(results), folder / "report.html", title=result.name, pictures=pictures)

@@ -71,7 +71,9 @@ def why_not_cell(edits: Sequence[Edit]) -> str:
     return ""
 
 
-def cell_of(model: Any, edits: Sequence[Edit], base: Stored, others: Mapping[str, Stored], tokens: Any) -> Cell:
+def cell_of(
+    model: Any, edits: Sequence[Edit], base: Stored, others: Mapping[str, Stored], tokens: Any
+) -> Cell:
     """Resolve a set of edits. Of several edits of one row the last holds, as in the reference."""
     writes = tuple(w for e in edits for w in _writes(model, e, base, others, tokens))
     n, layers = base.store.n_pos, base.store.n_layers
@@ -98,7 +100,15 @@ def _writes(model: Any, edit: Edit, base: Stored, others: Mapping[str, Stored], 
         else:
             own = theirs = others[edit.source].values[name]
         at = rows.to(own.device)
-        out.append(Write(edit.site, layer, rows, edit.values(own, at, None if theirs is None else theirs[at]), edit.heads))
+        out.append(
+            Write(
+                edit.site,
+                layer,
+                rows,
+                edit.values(own, at, None if theirs is None else theirs[at]),
+                edit.heads,
+            )
+        )
     return out + _brought(edit, rows, others)
 
 
@@ -107,4 +117,7 @@ def _brought(edit: Edit, rows: Tensor, others: Mapping[str, Stored]) -> list[Wri
     if edit.source is None or edit.site not in STATE:
         return []
     deep = others[edit.source].store.door.deep
-    return [Write(DEEP, i, rows, deep[i][0][rows.to(deep[i].device)], None) for i in range(first_deep(edit), len(deep))]
+    return [
+        Write(DEEP, i, rows, deep[i][0][rows.to(deep[i].device)], None)
+        for i in range(first_deep(edit), len(deep))
+    ]

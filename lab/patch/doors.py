@@ -41,7 +41,10 @@ def joined(doors: Sequence[Door]) -> Door:
 
 def _joined_rope(doors: Sequence[Door]) -> Tensor:
     first = doors[0].rope
-    if all(d.rope.shape == first.shape and torch.equal(d.rope, first) for d in doors) and first.shape[-2] == 1:
+    if (
+        all(d.rope.shape == first.shape and torch.equal(d.rope, first) for d in doors)
+        and first.shape[-2] == 1
+    ):
         return first if first.ndim == 2 else first.expand(-1, len(doors), -1)
     return torch.cat([d.rope for d in doors], -2)
 
@@ -53,12 +56,16 @@ def _joined_pad(doors: Sequence[Door]) -> Tensor | None:
     return torch.cat([f if d.pad is None else d.pad for d, f in zip(doors, full, strict=True)])
 
 
-def with_deep_taken(doors: Mapping[str, Door], edits: Sequence[Edit], rows: Callable[[Edit], Tensor]) -> dict[str, Door]:
+def with_deep_taken(
+    doors: Mapping[str, Door], edits: Sequence[Edit], rows: Callable[[Edit], Tensor]
+) -> dict[str, Door]:
     """The doors with DeepStack additions that rows bring along when a whole state is taken (see `take`)."""
     deep = {name: [x.clone() for x in door.deep] for name, door in doors.items()}
     taken = [e for e in edits if e.source is not None and e.site in STATE]
     for layer in sorted({first_deep(e) for e in taken}):
-        came = {name: [x.clone() for x in held] for name, held in deep.items()}  # edits of one layer see what came there
+        came = {
+            name: [x.clone() for x in held] for name, held in deep.items()
+        }  # edits of one layer see what came there
         for edit in (e for e in taken if first_deep(e) == layer):
             at = rows(edit)
             for later in range(layer, len(deep[edit.into])):
@@ -75,9 +82,7 @@ def edges_of(model: Any, policy: Any, ready: Sequence[Ready], maps: Sequence[Any
     """The policy's edges: every world's own, for its own item (the right option may differ between worlds)."""
     if policy is None:
         return {}
-    each = [
-        pruned_edges(policy, (m,), model.reach, r.item, {}) for r, m in zip(ready, maps, strict=True)
-    ]
+    each = [pruned_edges(policy, (m,), model.reach, r.item, {}) for r, m in zip(ready, maps, strict=True)]
     if len(each) == 1:
         return each[0]
     return {layer: _Stacked([e.get(layer) for e in each]) for layer in sorted({i for e in each for i in e})}
@@ -92,7 +97,10 @@ class _Stacked:
     def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         made = [_wide(None if e is None else e(q, k), q, k) for e in self.worlds]
         if any(m.dtype != torch.bool for m in made):
-            made = [m if m.dtype != torch.bool else torch.zeros(m.shape, device=m.device).masked_fill(~m, NEG) for m in made]
+            made = [
+                m if m.dtype != torch.bool else torch.zeros(m.shape, device=m.device).masked_fill(~m, NEG)
+                for m in made
+            ]
         heads = max(m.shape[1] for m in made)
         return torch.cat([m.expand(1, heads, len(q), len(k)) for m in made])
 

@@ -143,7 +143,9 @@ def _edit(
     into: str, source: str | None, values: Values, site: str, layers: Any, role: str, frame: Any, head: Any, positions: Any
 ) -> Edit:  # fmt: skip
     if check_site(site) in MAPS and source is None:
-        raise UsageError(f"noise and means at {site!r} would not be attention; use 'z', or cut edges with a policy")
+        raise UsageError(
+            f"noise and means at {site!r} would not be attention; use 'z', or cut edges with a policy"
+        )
     return Edit(
         into, site, values, source, _layers(layers), role, _numbers(frame, "frame"), _numbers(positions, "positions"),
         _numbers(head, "head"),
@@ -166,7 +168,9 @@ def _numbers(given: Any, what: str) -> tuple[int, ...] | None:
         return None
     if isinstance(given, Tensor):
         given = given.tolist()
-    some: Sequence[Any] = [given] if not isinstance(given, Iterable) or isinstance(given, str) else list(given)
+    some: Sequence[Any] = (
+        [given] if not isinstance(given, Iterable) or isinstance(given, str) else list(given)
+    )
     if not some or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in some):
         raise UsageError(f"{what} must be a whole number or several, got {given!r}")
     if min(some) < 0:

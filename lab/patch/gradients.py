@@ -22,7 +22,9 @@ def attribution_patch(worlds: Any, source: str, into: str, score: Score, *, site
     Raises RunError where mechanisms drop rows differently in the two worlds.
     """
     if check_site(site) in MAPS:
-        raise RunError(f"no attribution patching at {site!r}: a pattern of another world is not a small step; use 'z'")
+        raise RunError(
+            f"no attribution patching at {site!r}: a pattern of another world is not a small step; use 'z'"
+        )
     layers = layers_with(worlds.model, site, None)
     names = {hook_name(site, layer): layer for layer in layers}
     deep = _deep(worlds, source, into) if site in STATE else []

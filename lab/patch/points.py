@@ -56,7 +56,9 @@ class Order:
 class Point:
     """The edits of one hook point."""
 
-    def __init__(self, name: str, site: str, edits: Sequence[Edit], worlds: Sequence[str], held: Held, order: Order) -> None:
+    def __init__(
+        self, name: str, site: str, edits: Sequence[Edit], worlds: Sequence[str], held: Held, order: Order
+    ) -> None:
         self.name, self.site, self.edits, self.worlds = name, site, edits, list(worlds)
         self.held, self.order, self.keep = held, order, set[str]()
         self.rows: list[Tensor] = []
@@ -113,7 +115,12 @@ def _taken(theirs: Passed, rows: Tensor, is_map: bool) -> Tensor:
 
 
 def points_of(
-    worlds: Any, present: Sequence[str], edits: Sequence[Edit], held: Held, order: Order, watch: Mapping[str, Sequence[str]]
+    worlds: Any,
+    present: Sequence[str],
+    edits: Sequence[Edit],
+    held: Held,
+    order: Order,
+    watch: Mapping[str, Sequence[str]],
 ) -> list[Point]:
     """The points at which something is edited or kept in a pass over the worlds `present`."""
     by_name: dict[str, Point] = {}

@@ -14,7 +14,11 @@ KV_HEADS = ("k", "rot_k", "v")  # [pos, kv_head, d_head]
 MAPS = ("attn_scores", "pattern")  # [head, q, k]: rows are queries
 EMBED = "embed"  # what stands at the decoder's door, [pos, d_model]; has no layer
 SITES = (EMBED, *STREAM, *HEADS, *KV_HEADS, *MAPS)
-STATE = (EMBED, "resid_pre", "resid_post")  # all there is of a position, with what DeepStack will still add to it
+STATE = (
+    EMBED,
+    "resid_pre",
+    "resid_post",
+)  # all there is of a position, with what DeepStack will still add to it
 
 
 def check_site(site: str) -> str:
@@ -43,7 +47,9 @@ def layers_with(model: Any, site: str, layers: Sequence[int] | None) -> tuple[in
     n = model.cfg.n_layers
     if site == EMBED:
         if layers not in (None, (0,)):
-            raise UsageError(f"site 'embed' lies before all layers; leave layers out, got {tuple(layers or ())}")
+            raise UsageError(
+                f"site 'embed' lies before all layers; leave layers out, got {tuple(layers or ())}"
+            )
         return (0,)
     if layers is None:
         return tuple(i for i in range(n) if hook_name(site, i) in model.hook_dict)
@@ -51,7 +57,9 @@ def layers_with(model: Any, site: str, layers: Sequence[int] | None) -> tuple[in
         if not 0 <= layer < n:
             raise UsageError(f"no layer {layer + 1} (blocks.{layer}): the model has layers 1..{n}")
         if hook_name(site, layer) not in model.hook_dict:
-            raise UsageError(f"layer {layer + 1} (blocks.{layer}) has no site {site!r}: it has no softmax attention")
+            raise UsageError(
+                f"layer {layer + 1} (blocks.{layer}) has no site {site!r}: it has no softmax attention"
+            )
     return tuple(layers)
 
 

@@ -67,7 +67,9 @@ def stored_run(worlds: Any, world: str, points: Sequence[str]) -> Stored:
     side = Side((tokens,), order, door.rope, door.pad, door.deep, None, None)
     keys, vals = ([kept[i][0] for i in range(layers)] for kept in (cache.k, cache.v))
     store = Store(ready, door, side, layers, stream, keys, vals, version(model), "", Work(n * layers))
-    cuts = {} if policy is None else policy.masks(tokens, model.sizes.n_layers, model.sizes.n_heads, ready.item)
+    cuts = (
+        {} if policy is None else policy.masks(tokens, model.sizes.n_layers, model.sizes.n_heads, ready.item)
+    )
     return Stored(store, cuts, values)
 
 
@@ -87,4 +89,3 @@ def _recorded(model: Any, door: Door, edges: dict[int, Edges]) -> tuple[list[Ten
 def logits_of(model: Any, kept: Stored) -> Tensor:
     """The world's own logits at the last position, [d_vocab]."""
     return kept.store.clean(model)[-1]
-

@@ -121,7 +121,9 @@ def _job(place: int, cell: Cell, live: Sequence[Tensor]) -> _Job | None:
     for layer in range(len(live) - 1):
         dirty = dirty | cell.before[layer]
         read = dirty | cell.keys[layer]
-        after = (read.cumsum(0) > 0) | cell.inside[layer] | cell.after[layer]  # later rows may read one that differs
+        after = (
+            (read.cumsum(0) > 0) | cell.inside[layer] | cell.after[layer]
+        )  # later rows may read one that differs
         run = (after & live[layer + 1]) | (read & live[layer])
         at = run.nonzero().squeeze(1)
         rows.append(at)
@@ -161,7 +163,9 @@ def _pack(jobs: Sequence[_Job], layer: int, n_pos: int, cut: Tensor | None) -> _
     active: dict[tuple[bytes, bytes], list[int]] = {}
     for i, job in enumerate(jobs):
         if len(job.rows[layer]):
-            active.setdefault((job.rows[layer].numpy().tobytes(), job.full[layer].numpy().tobytes()), []).append(i)
+            active.setdefault(
+                (job.rows[layer].numpy().tobytes(), job.full[layer].numpy().tobytes()), []
+            ).append(i)
     groups, which, pos, full = [], [], [], []
     for members in active.values():
         rows = jobs[members[0]].rows[layer]
@@ -237,7 +241,9 @@ class _KeysKnown(Exception):
     """Raised in the attention of a pack whose rows give keys and values only. Never leaves `_layer`."""
 
 
-def _layer(model: Any, base: Stored, layer: int, pack: _Pack, jobs: Sequence[_Job], resid: Tensor, run: Run) -> Tensor:
+def _layer(
+    model: Any, base: Stored, layer: int, pack: _Pack, jobs: Sequence[_Job], resid: Tensor, run: Run
+) -> Tensor:
     """The checkpoint's own layer over the pack; rows that are not `full` come back as they were."""
     hooks = _hooks(layer, pack, jobs)
     with model.hooks(hooks) if hooks else model.lock.shared():
@@ -304,11 +310,15 @@ class _Tail:
             stop = first + group.worlds * m
             k, v = (t[0, :, here].unflatten(1, (group.worlds, n)) for t in self.taken)
             q = query[0, :, first:stop].unflatten(1, (group.worlds, m))
-            z[first:stop] = self._group(group, slice(n - m, n), q, k, v, layer, scale).permute(1, 2, 0, 3).flatten(0, 1)
+            z[first:stop] = (
+                self._group(group, slice(n - m, n), q, k, v, layer, scale).permute(1, 2, 0, 3).flatten(0, 1)
+            )
             first = stop
         return z[None]
 
-    def _group(self, group: Group, block: slice, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
+    def _group(
+        self, group: Group, block: slice, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float
+    ) -> Tensor:
         heads, worlds, m, d = q.shape
         q = q.reshape(k.shape[0], heads // k.shape[0], worlds, m, d)
         keys, values = self.packed.keys[layer], self.packed.values[layer]

@@ -59,7 +59,9 @@ class Worlds:
         Raises UsageError, with the reason, for worlds whose positions do not correspond.
         """
         if len(worlds) < 2:
-            raise UsageError(f"patching needs at least two worlds, got {len(worlds)}: clean=..., corrupted=...")
+            raise UsageError(
+                f"patching needs at least two worlds, got {len(worlds)}: clean=..., corrupted=..."
+            )
         ready = {n: _ready(model, w, n_frames, mechanisms) for n, w in worlds.items()}
         made = cls(model, ready, model.pruning.chosen(policy), tuple(standing))
         made._check(standing)
@@ -95,7 +97,9 @@ class Worlds:
         for edit in (e for e in self.standing if e.into == world):
             rows = edit.rows(tokens, ready.item)
             embeds = door.embeds.clone()
-            embeds[0, rows.to(embeds.device)] = edit.values(embeds[0], rows.to(embeds.device), None).to(embeds)
+            embeds[0, rows.to(embeds.device)] = edit.values(embeds[0], rows.to(embeds.device), None).to(
+                embeds
+            )
             door = replace(door, embeds=embeds)
         return door, tokens
 
@@ -143,8 +147,12 @@ class Worlds:
         if not any(d.deep for d in here):
             return here
         some = [e for e in edits if e.source is not None]
-        all_doors = doors | {w: self.arrive(w)[0] for e in some for w in (e.source, e.into) if w not in doors and w}
-        done = with_deep_taken(all_doors, some, lambda e: e.rows(maps.get(e.into, self.tokens(e.into)), self.ready[e.into].item))
+        all_doors = doors | {
+            w: self.arrive(w)[0] for e in some for w in (e.source, e.into) if w not in doors and w
+        }
+        done = with_deep_taken(
+            all_doors, some, lambda e: e.rows(maps.get(e.into, self.tokens(e.into)), self.ready[e.into].item)
+        )
         return [done[name] for name in doors]
 
     def _pass(
@@ -157,7 +165,9 @@ class Worlds:
         items = {w: r.item for w, r in zip(worlds, ready, strict=True)}
         for point in points:
             point.place(dict(zip(worlds, maps, strict=True)), items)
-        door = joined(self._deepened(dict(zip(worlds, doors, strict=True)), edits, dict(zip(worlds, maps, strict=True))))
+        door = joined(
+            self._deepened(dict(zip(worlds, doors, strict=True)), edits, dict(zip(worlds, maps, strict=True)))
+        )
         door = Door(self.model.embed.hook_out(door.embeds), door.rope, door.pad, door.deep)
         run = Run(edges_of(self.model, self.policy, ready, maps))
         plan = _one_plan(ready)
