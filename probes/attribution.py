@@ -293,13 +293,7 @@ def _row(model: Any, key: str, ready: Ready, other: Any, what: _What, policy: An
     else:
         values, columns, notes = _replaced(case)
     x, base = case.ends()
-    answer = (
-        _text(model, case.score.token)
-        if case.score is not None
-        else model.tokenizer.decode(case.said)
-        if model.tokenizer
-        else case.said.tolist()
-    )
+    answer = _said_text(model, case)
     more = {
         "answer": answer,
         "output": case.output,
@@ -308,6 +302,14 @@ def _row(model: Any, key: str, ready: Ready, other: Any, what: _What, policy: An
         "tower_calls": model.tower_calls - calls,
     }
     return _Row(key, values, columns, {**more, **notes})
+
+
+def _said_text(model: Any, case: _Case) -> str:
+    """The answer that is attributed, as text (or as token ids without a tokenizer)."""
+    if case.said is None:
+        return _text(model, case.score.token)
+    ids = case.said.tolist()
+    return model.tokenizer.decode(ids) if model.tokenizer is not None else str(ids)
 
 
 def _replaced(case: _Case) -> tuple[np.ndarray, list[str] | None, dict[str, Any]]:
@@ -376,7 +378,7 @@ def _at_point(case: _Case) -> tuple[np.ndarray, list[str] | None, dict[str, Any]
         complete, values, total = got.complete, got.values, float(got.total[0])
         error = float(got.error[0]) if complete else None
     each = _per_position(values[0], what.at)
-    notes = {
+    notes: dict[str, Any] = {
         "completeness_error": error,
         "completeness": "applies" if complete else "not applicable",
         "total": total,

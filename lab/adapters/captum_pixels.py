@@ -76,7 +76,9 @@ def llm_attribution(model: VideoLLM, method: Any, tokenizer: Any = None) -> Any:
     class VideoLLMAttribution(LLMAttribution):
         SUPPORTED_INPUTS = (*LLMAttribution.SUPPORTED_INPUTS, _frames_class())
 
-        def _forward_func(self, perturbed_tensor: Any, inp: Any, target_tokens: Tensor, *rest: Any) -> Tensor:
+        def _forward_func(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, perturbed_tensor: Any, inp: Any, target_tokens: Tensor, *rest: Any
+        ) -> Tensor:
             ready = model.prepare_inputs(**inp.to_model_input(perturbed_tensor))
             with torch.no_grad():
                 logits = target_logits(model, ready, target_tokens[None].to(model.device))

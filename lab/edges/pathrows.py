@@ -118,9 +118,10 @@ def _piece(tokens: TokenMap, frame: Tensor, part: Part, item: VideoQA | None) ->
         mark = torch.zeros(len(tokens), dtype=torch.bool)
         mark[segment(tokens, name, item)] = True
         marks.append(mark)
+    queries, keys = marks
     if not part.where:
-        return _Piece(*marks)
+        return _Piece(queries, keys)
     try:
-        return _Piece(*marks, parse_where(part.where), columns_of(tokens))
+        return _Piece(queries, keys, parse_where(part.where), columns_of(tokens))
     except ConfigError as e:
         raise UsageError(str(e)) from None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lab.edges.shelf import Shelf
 from lab.edges.store import Store, Work, version, why_not
 from lab.model import anatomy
 from lab.model.cache import KVCache, LayerCache
@@ -140,7 +141,8 @@ def continued(model: Any, beginning: Store, ready: Ready) -> Store:
         order = torch.arange(door.embeds.shape[1], device=door.embeds.device)
         side = Side(maps, order, door.rope, door.pad, door.deep, None, None)
         if reason:
-            return Store(ready, door, side, len(model.parts), [], [], [], version(model), reason, Work())
+            none = (Shelf.holding([]), Shelf.holding([]), Shelf.holding([]))
+            return Store(ready, door, side, len(model.parts), *none, version(model), reason, Work())
         cache, stream = _after(beginning), list[Tensor]()
 
         def record(layer: int, step: Any, resid: Tensor, side: Side) -> tuple[Tensor, Side]:
@@ -151,9 +153,10 @@ def continued(model: Any, beginning: Store, ready: Ready) -> Store:
         resid, _ = decode(model, door.rows(n, len(order)), Run(), start=n, cache=kept, detours=(record,))
     layers = range(len(model.parts))
     streams = [torch.cat([old, new]) for old, new in zip(beginning.resid, [*stream, resid[0]], strict=True)]
-    keys, values = ([held[i][0] for i in layers] for held in (cache.k, cache.v))
+    kept_rows = (streams, [cache.k[i][0] for i in layers], [cache.v[i][0] for i in layers])
     work = Work((len(order) - n) * len(model.parts))
-    return Store(ready, door, side, len(model.parts), streams, keys, values, version(model), "", work)
+    shelves = tuple(Shelf.holding(tensors) for tensors in kept_rows)
+    return Store(ready, door, side, len(model.parts), *shelves, version(model), "", work)
 
 
 def _after(beginning: Store) -> KVCache:

@@ -8,7 +8,7 @@ subsets of what the scores call negligible, cut all at once: how much can have b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log, sqrt
 from typing import Any
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lab.edges.agreeing import agreement, recall
 from lab.edges.cells import GRAINS, Cell, Sample, cut_of, drawn, every_sample, sizes, thirds
-from lab.edges.closure import Cuts
 from lab.edges.fast import run_cut
 from lab.edges.margins import Metric, margin_of
 from lab.edges.pairs import segments_of
@@ -275,7 +274,7 @@ def _logit_values(
             yield float("nan") if missing else float(metric(logits[i]))
 
 
-def _with(base: Cuts, more: dict[int, Tensor]) -> dict[int, Tensor]:
+def _with(base: Mapping[int, Any], more: dict[int, Tensor]) -> dict[int, Tensor]:
     """Both sets of cuts: [q, k], or [head, q, k] where one of them has heads."""
     out = dict(base)
     for layer, cut in more.items():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lab.edges.closure import Cuts
+from lab.edges.shelf import Shelf
 from lab.edges.store import Store, Work, version, why_not
 from lab.model import anatomy
 from lab.model.cache import KVCache, LayerCache
@@ -31,7 +31,7 @@ class Stored:
     """
 
     store: Store
-    cuts: Cuts
+    cuts: Mapping[int, Tensor]
     values: dict[str, Tensor]
 
 
@@ -65,8 +65,9 @@ def stored_run(worlds: Any, world: str, points: Sequence[str]) -> Stored:
     n, layers = door.embeds.shape[1], len(model.parts)
     order = torch.arange(n, device=door.embeds.device)
     side = Side((tokens,), order, door.rope, door.pad, door.deep, None, None)
-    keys, vals = ([kept[i][0] for i in range(layers)] for kept in (cache.k, cache.v))
-    store = Store(ready, door, side, layers, stream, keys, vals, version(model), "", Work(n * layers))
+    keys, vals = (Shelf.holding(kept[i][0] for i in range(layers)) for kept in (cache.k, cache.v))
+    streams = Shelf.holding(stream)
+    store = Store(ready, door, side, layers, streams, keys, vals, version(model), "", Work(n * layers))
     cuts = (
         {} if policy is None else policy.masks(tokens, model.sizes.n_layers, model.sizes.n_heads, ready.item)
     )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lab.errors import UsageError
 from lab.result import Result, write_bytes
-from lab.view.matplotlib_out import SUFFIXES, _style
+from lab.view.matplotlib_out import SUFFIXES, styled
 
 ACROSS = 4  # frames in a row of the picture
 LONG = 9  # characters of a word
@@ -29,7 +29,7 @@ def paint(result: Result, frames: Any, path: str | Path, *, dpi: int = 150) -> P
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"cannot tell the format of {path}; end its name in {', '.join(SUFFIXES)}")
     pictures = _pictures(result, frames)
-    with _style():
+    with styled():
         fig, out = _drawn(result, pictures), io.BytesIO()
         about = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[
             path.suffix.lower()
