@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
 import pytest
 import torch
 
+from figures import fig_scaling
+from lab.bench import scaling
 from lab.edges import fast, presets, shelf
 from lab.edges.closure import closure_of
 from lab.edges.cutrows import PolicyCut, policy_cuts, rows_of
@@ -292,3 +295,20 @@ def detoured(model: Any, ready: Any) -> Any:
     again = model.prepare_inputs(**ready.inputs)
     again.plan = Plan(detours=(lambda layer, step, resid, side: step(resid, side),))
     return again
+
+
+# ---- what it costs --------------------------------------------------------------------------------------------------------
+
+
+def test_the_committed_growth_says_that_longer_prompts_gain_more():
+    """Of the bench's numbers: exact, no fallback, and the ratio to naive grows with positions, layers and knock-outs."""
+    data = json.loads(fig_scaling.DATA.read_text(encoding="utf-8"))
+    assert set(data["pieces"]) == set(scaling.PIECES)
+    for rows in data["pieces"].values():
+        ratios = [r["ratio"] for r in rows]
+        assert ratios == sorted(ratios) and ratios[-1] > 1.5 * ratios[0] > 1.5
+        assert all(r["max_difference"] <= 1e-5 and r["fallbacks"] == 0 for r in rows)
+    cut = {k: v for k, v in data["others"]["difference_to_ours"].items() if "clean" not in k}
+    assert {"TransformerLens", "nnsight", "eager with a mask"} <= set(cut) and max(cut.values()) <= 1e-4
+    assert data["others"]["difference_to_ours"]["clean, sdpa"] > 1e-2
+    assert len(fig_scaling.draw(data).axes) == 4

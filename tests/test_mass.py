@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from lab.bench import mass as bench
+from lab.bench import models
 from lab.edges import mass as mass_module
 from lab.edges import presets
 from lab.edges.mass import partition, segment_mass
@@ -296,3 +298,15 @@ def test_a_preset_that_cannot_be_made_is_refused(wrapped):
     ):
         with pytest.raises(UsageError, match=message):
             bad()
+
+
+# ---- what it costs --------------------------------------------------------------------------------------------------------
+
+
+def test_the_mass_bench_measures_what_it_says():
+    shape = models.Shape(d=32, mlp=48, layers=3, heads=4, kv_heads=2, side=16, patch=4)
+    found = bench.measure(shape, positions=60, pairs=1, layers_timed=2)
+    assert found["largest_difference"] <= 1e-6 and found["segments"] > 3 and found["ratio"] > 0
+    assert bench.failures({**found, "ratio": 2.0, "ratio_under_a_policy": 1.0}) == ["ratio: 2, target 1.5"]
+    rows = 3 * 4 * found["positions"] * found["segments"] * 4
+    assert rows <= found["extra_bytes"] < 40 * rows
