@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,14 +97,10 @@ def video_frames(ready: Ready, base: Ready) -> Any:
     return _frames_class()(ready, base)
 
 
+@cache
 def _frames_class() -> Any:
-    global _FRAMES
-    if _FRAMES is None:
-        _FRAMES = _make_frames_class()
-    return _FRAMES
-
-
-_FRAMES: Any = None  # made at first use: captum is imported only then
+    """Made at first use: captum is imported only then."""
+    return _make_frames_class()
 
 
 def _make_frames_class() -> Any:

@@ -64,6 +64,7 @@ def measure(case: str, site: str, n_naive: int, n_rows: int) -> dict[str, Any]:
         for layer in range(model.cfg.n_layers)
         for f in range(tokens.n_frames)
     ]
+    tower = 0.0
     for ready in worlds.ready.values():
         tower, _ = seconds(lambda r=ready: model.see(r))  # from here on the vision side is kept
     chosen = torch.linspace(0, len(cells) - 1, n_naive).long().tolist()

@@ -155,8 +155,8 @@ def continued(model: Any, beginning: Store, ready: Ready) -> Store:
     streams = [torch.cat([old, new]) for old, new in zip(beginning.resid, [*stream, resid[0]], strict=True)]
     kept_rows = (streams, [cache.k[i][0] for i in layers], [cache.v[i][0] for i in layers])
     work = Work((len(order) - n) * len(model.parts))
-    shelves = tuple(Shelf.holding(tensors) for tensors in kept_rows)
-    return Store(ready, door, side, len(model.parts), *shelves, version(model), "", work)
+    stream_shelf, keys, values = (Shelf.holding(tensors) for tensors in kept_rows)
+    return Store(ready, door, side, len(model.parts), stream_shelf, keys, values, version(model), "", work)
 
 
 def _after(beginning: Store) -> KVCache:
