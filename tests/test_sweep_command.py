@@ -8,7 +8,7 @@ import pytest
 from lab.benchmark_rows import MVBENCH, as_item_rows, is_benchmark
 from lab.carriers import VideoQA
 from lab.cli import main as cli
-from lab.cli.sweeps import _heads, _pairs, _source
+from lab.cli.sweeps import _heads, _pairs, source_of
 from lab.errors import ConfigError, UsageError
 from lab.items import dump_items, item_of, load_items, spec_of
 from lab.recipe import ItemFile
@@ -202,7 +202,7 @@ def test_options_that_cannot_be(args, message, model, tmp_path, capsys):
 def test_words_of_the_command_line():
     assert _heads("0, 3") == (0, 3) and _heads("each") == "each" and _heads(None) is None
     assert _pairs("0-3,1-3") == ((0, 3), (1, 3)) and _pairs("each") == "each"
-    five = _source("sim:temporal:3:9", None)
+    five = source_of("sim:temporal:3:9", None)
     assert five.sim.count(",") == 4 and (five.n, five.seed) == (3, 9)
     assert [i.task for i in load_items(five)][::3] == five.sim.split(",")
 
