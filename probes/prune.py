@@ -7,9 +7,7 @@ The work is done in `lab.edges`; here are the question's name, its recipe and it
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,11 @@ from lab.edges.evidence import evaluate
 from lab.edges.fingerprints import Evidence
 from lab.edges.found import ladder
 from lab.edges.policy import Policy
+from lab.edges.scoring import scores
 from lab.edges.searching import FINER, Budget, Found, Layers, Method, search
 from lab.edges.units import Grain, Grid, Roles, segments_of
-from lab.errors import ConfigError, UsageError
+from lab.edges.validating import validate_scores
+from lab.errors import UsageError
 from lab.items import load_items
 from lab.model.ready import Ready
 from lab.recipe import ItemsSpec, ModelSpec, Part, Recipe
@@ -157,19 +157,9 @@ def _disjoint(calibration: Sequence[Any], holdout: Sequence[Any]) -> None:
 
 
 def _scores(model: Any, readies: Sequence[Ready]) -> Result:
-    """Scores, with their validation beside them. Raises ConfigError where this lab has none yet."""
-    found = _room("scores")(model, list(readies))
-    return _room("validate_scores")(model, list(readies[:VALIDATED]), found)
-
-
-def _room(name: str) -> Any:
-    """A function of the rooms that score edges."""
-    for room in ("lab.edges.scoring", "lab.edges.validating"):
-        with suppress(ModuleNotFoundError):
-            found = getattr(importlib.import_module(room), name, None)
-            if found is not None:
-                return found
-    raise ConfigError(f"warm: this installation has no lab.edges.{name}; search without scores")
+    """Scores, with their validation beside them."""
+    found = scores(model, list(readies))
+    return validate_scores(model, list(readies[:VALIDATED]), found)
 
 
 def proven(policy: Policy, evaluation: Result) -> Policy:

@@ -27,9 +27,9 @@ from lab.learn.tiny_model import config, start
 from lab.learn.tiny_tasks import Asked, Spoil, TaskBatches, draw_clip
 from lab.model.zoo import DATA, wrap
 from lab.sim import stills
-from lab.sim.backwards import backwards
 from lab.sim.stage import Stage as Scene
 from lab.sim.stage import render
+from lab.sim.turning import backwards
 from tests import families
 
 

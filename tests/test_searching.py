@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -193,6 +192,9 @@ def test_scopes(planted):
 # ---- scores -------------------------------------------------------------------------------------------------------------
 
 
+CHECKED = {"validation": {"overall": 1.0}}  # as `validate_scores` would leave them
+
+
 def hand_made(readies, edges, *, items=None):
     """Scores that call these (layer, head, query, key) cells important and all others harmless."""
     names = ["template", "frame", "separator", "question", "option", "instruction", "last"]
@@ -206,7 +208,9 @@ def hand_made(readies, edges, *, items=None):
         "query": names,
         "key": names,
     }
-    return Result(values, ("item", "layer", "head", "query", "key"), coords, "logit margin", {})
+    return Result(
+        values, ("item", "layer", "head", "query", "key"), coords, "logit margin", {}, notes=CHECKED
+    )
 
 
 CIRCUIT = [
@@ -217,10 +221,7 @@ CIRCUIT = [
 ]
 
 
-def test_scores_order_the_search_and_save_trials(planted, monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "lab.edges.scoring", types.SimpleNamespace(check_validated=lambda r: None)
-    )
+def test_scores_order_the_search_and_save_trials(planted):
     model, readies = planted("plain")
     cold = search(model, readies[:2], **QUICK)
     warm = search(model, readies[:2], scores=hand_made(readies[:2], CIRCUIT), **QUICK)
@@ -228,30 +229,21 @@ def test_scores_order_the_search_and_save_trials(planted, monkeypatch):
     assert len(warm.trail.coords["step"]) < len(cold.trail.coords["step"])
 
 
-def test_wrong_scores_cost_trials_not_answers(planted, monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "lab.edges.scoring", types.SimpleNamespace(check_validated=lambda r: None)
-    )
+def test_wrong_scores_cost_trials_not_answers(planted):
     model, readies = planted("plain")
     wrong = hand_made(readies[:2], [(3, h, "last", "frame") for h in range(4)])
     policy, _ = search(model, readies[:2], scores=wrong, **QUICK)
     assert all(share_cut(policy, readies[0], e) == 0 for e in TRUTH["plain"].matters)
 
 
-def test_unvalidated_scores_are_refused(planted, monkeypatch):
-    def refuse(result):
-        raise UsageError("these scores were not validated")
-
-    monkeypatch.setitem(sys.modules, "lab.edges.scoring", types.SimpleNamespace(check_validated=refuse))
+def test_unvalidated_scores_are_refused(planted):
     model, readies = planted("plain")
+    unchecked = replace(hand_made(readies, CIRCUIT), notes={})
     with pytest.raises(UsageError, match="not validated"):
-        search(model, readies, scores=hand_made(readies, CIRCUIT), show_progress=False)
+        search(model, readies, scores=unchecked, show_progress=False)
 
 
-def test_scores_of_other_items_or_shapes_are_refused(planted, monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "lab.edges.scoring", types.SimpleNamespace(check_validated=lambda r: None)
-    )
+def test_scores_of_other_items_or_shapes_are_refused(planted):
     _, readies = planted("plain")
     with pytest.raises(UsageError, match="other items"):
         predicted(hand_made(readies, CIRCUIT, items=[f"x{i}" for i in range(N)]), readies)
@@ -259,16 +251,15 @@ def test_scores_of_other_items_or_shapes_are_refused(planted, monkeypatch):
         predicted(Result(np.zeros(2), ("layer",), {"layer": [1, 2]}, "", {}), readies)
 
 
-def test_scores_of_single_frames_tell_distances_apart(planted, monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "lab.edges.scoring", types.SimpleNamespace(check_validated=lambda r: None)
-    )
+def test_scores_of_single_frames_tell_distances_apart(planted):
     _, readies = planted("plain")
     names = [f"frame:{f}" for f in range(8)]
     values = np.zeros((1, 1, 1, 8, 8))
     values[0, 0, 0, 5, 3], values[0, 0, 0, 7, 0], values[0, 0, 0, 6, 6] = -1, -2, -4
     coords = {"item": [readies[0].item.id], "layer": [1], "head": [0], "query": names, "key": names}
-    guess = predicted(Result(values, ("item", "layer", "head", "query", "key"), coords, "", {}), readies)
+    guess = predicted(
+        Result(values, ("item", "layer", "head", "query", "key"), coords, "", {}, notes=CHECKED), readies
+    )
     parts = split(Unit(0, "video", "video"), "distance", n_heads=4, n_options=4)
     assert [guess.loss(p) for p in parts] == [4, 0, 1, 0, 2] and guess.loss(Unit(0, "video", "video")) == 7
 

@@ -6,7 +6,6 @@ their word alone.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lab.edges.units import Unit, reach
+from lab.edges.validating import check_validated
 from lab.errors import UsageError
 from lab.model.ready import Ready
 from lab.result import Result
@@ -93,23 +93,11 @@ def predicted(scores: Result | None, readies: Sequence[Ready]) -> Predicted | No
         raise UsageError(
             f"scores have axes {axes or type(scores).__name__}, expected {AXES}; use lab.edges.scores(model, items)"
         )
-    _check_validated(scores)
+    check_validated(scores)
     _check_items(scores.coords["item"], readies)
     layers = tuple(int(i) - 1 for i in scores.coords["layer"])
     names = (tuple(map(str, scores.coords[a])) for a in ("query", "key"))
     return Predicted(np.asarray(scores.values, dtype=float), layers, *names)
-
-
-def _check_validated(scores: Result) -> None:
-    """By the scores' own check; without the rooms that make scores there is nothing that could be checked."""
-    for room in ("lab.edges.scoring", "lab.edges.validating"):
-        try:
-            check = getattr(importlib.import_module(room), "check_validated", None)
-        except ModuleNotFoundError:
-            continue
-        if check is not None:
-            check(scores)
-            return
 
 
 def _check_items(names: Iterable[object], readies: Sequence[Ready]) -> None:

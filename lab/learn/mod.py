@@ -250,7 +250,7 @@ def report(
     return {task: round(accuracy(model, draw_items(task, n, seed), mechanisms), 4) for task in tasks}
 
 
-def table(
+def compared(
     folders: Sequence[str | Path], tasks: Sequence[str], *, n: int, seed: int
 ) -> dict[str, dict[str, float]]:
     """Accuracy by task of the base model, of it with each variant's mechanism merely switched on (no training), of each
@@ -344,7 +344,7 @@ def _frozen(learner: Learner) -> MixtureOfDepths:
 
 
 def _make_table(args: argparse.Namespace) -> None:
-    rows = table(args.table, args.tasks, n=args.items, seed=777)
+    rows = compared(args.table, args.tasks, n=args.items, seed=777)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"items": args.items, "rows": rows}, indent=1) + "\n")
     for name, row in rows.items():

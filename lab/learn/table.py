@@ -25,11 +25,11 @@ from lab.carriers import LETTERS, VideoQA
 from lab.learn.tiny_checks import Clips
 from lab.learn.tiny_data import FRAMES, Prompts, shrink, to_pixels
 from lab.model.zoo import DATA, load
-from lab.sim.backwards import backwards
 from lab.sim.ceilings import ceilings_of
 from lab.sim.stills import FACTS
 from lab.sim.stills import items as fact_items
 from lab.sim.tasks import TEMPORAL, draw_items
+from lab.sim.turning import backwards
 
 SEED = 424_242
 README = Path(__file__).parents[2] / "README.md"
