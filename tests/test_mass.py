@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -310,3 +312,11 @@ def test_the_mass_bench_measures_what_it_says():
     assert bench.failures({**found, "ratio": 2.0, "ratio_under_a_policy": 1.0}) == ["ratio: 2, target 1.5"]
     rows = 3 * 4 * found["positions"] * found["segments"] * 4
     assert rows <= found["extra_bytes"] < 40 * rows
+
+
+def test_the_committed_cost_of_mass_meets_its_targets():
+    cases = json.loads((Path(bench.__file__).parent / "data" / "mass_cpu.json").read_text(encoding="utf-8"))[
+        "cases"
+    ]
+    assert set(cases) == set(bench.SHAPES)
+    assert all(bench.failures(c) == [] and c["positions"] >= 2000 for c in cases.values())
