@@ -306,9 +306,9 @@ def _row(model: Any, key: str, ready: Ready, other: Any, what: _What, policy: An
 
 def _said_text(model: Any, case: _Case) -> str:
     """The answer that is attributed, as text (or as token ids without a tokenizer)."""
-    if case.said is None:
+    if case.score is not None:
         return _text(model, case.score.token)
-    ids = case.said.tolist()
+    ids = [] if case.said is None else case.said.tolist()
     return model.tokenizer.decode(ids) if model.tokenizer is not None else str(ids)
 
 

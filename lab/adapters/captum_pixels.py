@@ -8,6 +8,7 @@ silent zeros      LLMAttribution asks transformers 5 for inputs in a way that dr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -76,7 +77,9 @@ def llm_attribution(model: VideoLLM, method: Any, tokenizer: Any = None) -> Any:
     class VideoLLMAttribution(LLMAttribution):
         SUPPORTED_INPUTS = (*LLMAttribution.SUPPORTED_INPUTS, _frames_class())
 
-        def _forward_func(self, perturbed_tensor: Any, inp: Any, target_tokens: Tensor, *rest: Any) -> Tensor:
+        def _forward_func(
+            self, perturbed_tensor: Any, inp: Any, target_tokens: Tensor, *rest: Any, **kw: Any
+        ) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
             ready = model.prepare_inputs(**inp.to_model_input(perturbed_tensor))
             with torch.no_grad():
                 logits = target_logits(model, ready, target_tokens[None].to(model.device))
@@ -94,17 +97,9 @@ def video_frames(ready: Ready, base: Ready) -> Any:
     return _frames_class()(ready, base)
 
 
+@functools.cache
 def _frames_class() -> Any:
-    global _FRAMES
-    if _FRAMES is None:
-        _FRAMES = _make_frames_class()
-    return _FRAMES
-
-
-_FRAMES: Any = None  # made at first use: captum is imported only then
-
-
-def _make_frames_class() -> Any:
+    """Made at first use: captum is imported only then."""
     from captum.attr import InterpretableInput
 
     class VideoFrames(InterpretableInput):

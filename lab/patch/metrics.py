@@ -83,7 +83,7 @@ def answers_of(model: Any, source: Any, into: Any) -> tuple[tuple[int, int] | No
     if not options or model.tokenizer is None:
         return None, None
     letters = tuple(letter_ids(model.tokenizer, len(options)))
-    known = [getattr(i, "answer", None) for i in (source, into)]
-    if not all(isinstance(k, int) for k in known) or known[0] == known[1]:
+    first, second = (getattr(i, "answer", None) for i in (source, into))
+    if not isinstance(first, int) or not isinstance(second, int) or first == second:
         return None, letters
-    return (letters[known[0]], letters[known[1]]), letters
+    return (letters[first], letters[second]), letters
