@@ -14,10 +14,10 @@ from lab.model.answering import letter_ids
 
 Metric = Literal["recovered", "logit_diff", "probability", "flip"]
 UNITS: dict[str, str] = {
-    "recovered": "share of the other world's score (0: as it was, 1: the other world)",
-    "logit_diff": "logit of the other world's answer minus that of its own",
-    "probability": "probability of the other world's answer",
-    "flip": "answers as the other world does (share of items)",
+    "recovered": "share of the way to the other world",
+    "logit_diff": "logit difference, other world's answer - own",
+    "probability": "p of the other world's answer",
+    "flip": "share of items that flip",
 }
 BASELINES: dict[str, float | None] = {"recovered": 0.0, "logit_diff": None, "probability": None, "flip": 0.0}
 
