@@ -49,9 +49,9 @@ GRADIENTS = ("ig", "gradient_shap")
 LAYERED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "pattern")
 PLACES = ("embed", "pixels", "connector", *LAYERED)
 UNITS = {
-    "logit_diff": "share of the logit difference to the baseline's answer",
-    "logit": "share of the answer's logit",
-    "logprob": "share of the answer's log probability",
+    "logit_diff": "logit difference, part of",
+    "logit": "logit, part of",
+    "logprob": "log probability, part of",
 }
 
 
@@ -306,9 +306,9 @@ def _row(model: Any, key: str, ready: Ready, other: Any, what: _What, policy: An
 
 def _said_text(model: Any, case: _Case) -> str:
     """The answer that is attributed, as text (or as token ids without a tokenizer)."""
-    if case.said is None:
-        return "" if case.score is None else _text(model, case.score.token)
-    ids = case.said.tolist()
+    if case.score is not None:
+        return _text(model, case.score.token)
+    ids = [] if case.said is None else case.said.tolist()
     return model.tokenizer.decode(ids) if model.tokenizer is not None else str(ids)
 
 
@@ -585,7 +585,7 @@ def _result(rows: Sequence[_Row], what: _What, against: Any, recipe: Recipe | No
     _warn(rows)
     return Result(
         values=values, axes=axes, coords={"item": [r.key for r in rows], **coords},
-        unit=UNITS[outputs.pop()] if len(outputs) == 1 else "share of the answer's score",
+        unit=UNITS[outputs.pop()] if len(outputs) == 1 else "score, part of",
         recipe=recipe.plain() if recipe else {}, name=f"attribution ({what.method}, {what.at})", baseline=0.0,
         notes={
             "method": what.method, "at": what.at if what.layer is None else f"{what.at}, layer {what.layer + 1}",

@@ -8,9 +8,9 @@ silent zeros      LLMAttribution asks transformers 5 for inputs in a way that dr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -77,9 +77,9 @@ def llm_attribution(model: VideoLLM, method: Any, tokenizer: Any = None) -> Any:
     class VideoLLMAttribution(LLMAttribution):
         SUPPORTED_INPUTS = (*LLMAttribution.SUPPORTED_INPUTS, _frames_class())
 
-        def _forward_func(  # pyright: ignore[reportIncompatibleMethodOverride]
-            self, perturbed_tensor: Any, inp: Any, target_tokens: Tensor, *rest: Any
-        ) -> Tensor:
+        def _forward_func(
+            self, perturbed_tensor: Any, inp: Any, target_tokens: Tensor, *rest: Any, **kw: Any
+        ) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
             ready = model.prepare_inputs(**inp.to_model_input(perturbed_tensor))
             with torch.no_grad():
                 logits = target_logits(model, ready, target_tokens[None].to(model.device))
@@ -97,13 +97,9 @@ def video_frames(ready: Ready, base: Ready) -> Any:
     return _frames_class()(ready, base)
 
 
-@cache
+@functools.cache
 def _frames_class() -> Any:
     """Made at first use: captum is imported only then."""
-    return _make_frames_class()
-
-
-def _make_frames_class() -> Any:
     from captum.attr import InterpretableInput
 
     class VideoFrames(InterpretableInput):

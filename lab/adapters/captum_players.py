@@ -143,12 +143,13 @@ def infidelity(
     mean squared difference between the attributions of what was replaced and what the output lost; `share`: relative
     to the mean square of what it lost (0: the attributions predict every coalition; 1: no better than nothing).
     """
-    from captum.metrics import infidelity as measured
-    from captum.metrics import infidelity_perturb_func_decorator
+    from captum import metrics
+
+    measured: Any = metrics.infidelity  # its types know tuples only
 
     dice = torch.Generator().manual_seed(seed)
 
-    @infidelity_perturb_func_decorator(multiply_by_inputs=True)
+    @metrics.infidelity_perturb_func_decorator(multiply_by_inputs=True)
     def replaced(inputs: Tensor, baselines: Tensor | None = None) -> Tensor:
         return inputs * (torch.rand(inputs.shape, generator=dice) < 0.5)
 

@@ -14,10 +14,10 @@ from lab.model.answering import letter_ids
 
 Metric = Literal["recovered", "logit_diff", "probability", "flip"]
 UNITS: dict[str, str] = {
-    "recovered": "share of the other world's score (0: as it was, 1: the other world)",
-    "logit_diff": "logit of the other world's answer minus that of its own",
-    "probability": "probability of the other world's answer",
-    "flip": "answers as the other world does (share of items)",
+    "recovered": "share of the way to the other world",
+    "logit_diff": "logit difference, other world's answer - own",
+    "probability": "p of the other world's answer",
+    "flip": "share of items that flip",
 }
 BASELINES: dict[str, float | None] = {"recovered": 0.0, "logit_diff": None, "probability": None, "flip": 0.0}
 
@@ -83,7 +83,7 @@ def answers_of(model: Any, source: Any, into: Any) -> tuple[tuple[int, int] | No
     if not options or model.tokenizer is None:
         return None, None
     letters = tuple(letter_ids(model.tokenizer, len(options)))
-    theirs, own = (getattr(i, "answer", None) for i in (source, into))
-    if not isinstance(theirs, int) or not isinstance(own, int) or theirs == own:
+    first, second = (getattr(i, "answer", None) for i in (source, into))
+    if not isinstance(first, int) or not isinstance(second, int) or first == second:
         return None, letters
-    return (letters[theirs], letters[own]), letters
+    return (letters[first], letters[second]), letters
