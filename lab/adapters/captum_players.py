@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -155,7 +155,7 @@ def infidelity(
 
     n = len(game.players)
     ones, zeros = torch.ones(1, n), torch.zeros(1, n)
-    found = cast(Any, measured)(game, replaced, ones, values[None].float().cpu(), zeros, n_perturb_samples=n_samples, max_examples_per_batch=game.batch)  # fmt: skip
+    found = measured(game, replaced, ones, values[None].float().cpu(), zeros, n_perturb_samples=n_samples, max_examples_per_batch=game.batch)  # fmt: skip
     dice.manual_seed(seed)
     kept = (torch.rand((n_samples, n), generator=dice) < 0.5).float()
     lost = float((game(ones) - game(kept)).double().pow(2).mean())
