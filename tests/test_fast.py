@@ -17,7 +17,7 @@ from lab.model.zoo import wrap
 from lab.slots import Plan
 from tests import edgecases, families
 
-CUTS = 40  # per family and dtype
+CUTS = 42  # per family and dtype
 
 
 def cases(model, ready, n, seed):
