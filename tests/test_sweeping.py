@@ -156,7 +156,7 @@ def test_a_folder_belongs_to_one_sweep(wrapped, tmp_path):
     with pytest.raises(Exception, match="belongs to recipe"):
         sweep(model, ready_of(model, "internvl", seed=1), ["video->last"], out=tmp_path, show_progress=False)
     with pytest.raises(UsageError, match="same items"):
-        sweeping._recipe(model, [ready_of(model, "internvl")], Sweep(("none",))).run()
+        sweeping.journal_of(model, [ready_of(model, "internvl")], Sweep(("none",))).run()
 
 
 def test_less_is_run_together_when_memory_runs_out(wrapped, monkeypatch):

@@ -43,7 +43,7 @@ from lab.runs import Cancel, Ledger, Run, progress
 from lab.slots import Plan
 
 __all__ = [
-    "UNIT", "WINDOW", "Executor", "Metric", "Style", "Sweep", "SweepJournal", "as_ready", "layers_of", "map_of", "run_sweep",
+    "UNIT", "WINDOW", "Executor", "Metric", "Style", "Sweep", "SweepJournal", "as_ready", "journal_of", "layers_of", "map_of", "run_sweep",
     "sweep",
 ]  # fmt: skip
 
@@ -109,7 +109,7 @@ def sweep(
     else:
         names = listed(pathways)
     what = Sweep(names, window, style, chosen, executor, n_rows, heads, frame_pairs, tuple(texts), per_token)
-    recipe = None if out is None else _recipe(model, ready, what)
+    recipe = None if out is None else journal_of(model, ready, what)
     return run_sweep(
         model, [r.item for r in ready], ready, what, journal=recipe, out=out, cancel=cancel, show=show_progress,
         passing=_passing(items, ready),
@@ -431,7 +431,8 @@ def _named(recipe: Recipe | None) -> Recipe:
     return recipe
 
 
-def _recipe(model: Any, ready: Sequence[Ready], what: Sweep) -> SweepJournal:
+def journal_of(model: Any, ready: Sequence[Ready], what: Sweep) -> SweepJournal:
+    """Whom the journal of this sweep belongs to. Raises UsageError while hooks are open."""
     if hooked(model):
         raise UsageError(
             "hooks are open, and a journal cannot tell what they do: sweep without out=, or close them"
