@@ -51,7 +51,8 @@ def load_items(
     else:
         raise UsageError(f"items come from a path, a mapping or a list, got {type(source).__name__}")
     if not items:
-        raise ConfigError(f"{source} holds no items; give at least one")
+        named = source.get("file", source) if isinstance(source, Mapping) else source
+        raise ConfigError(f"{named} holds no items; give at least one")
     unique([i.id for i in items], "item id")
     return items
 

@@ -24,6 +24,7 @@ from lab.edges.sweeping import (
     Style,
     Sweep,
     as_ready,
+    journal_of,
     layers_of,
     map_of,
     run_sweep,
@@ -35,6 +36,7 @@ from lab.model.zoo import load, weights_hash
 from lab.recipe import ItemSpec, ItemsSpec, ModelSpec, Recipe
 from lab.result import Result
 from lab.runs import Cancel
+from lab.slots import Plan
 
 __all__ = [
     "PATHWAYS", "PORTABLE", "UNIT", "WINDOW", "KnockoutRecipe", "Metric", "cut_mask", "dense_edges", "knockout",
@@ -121,8 +123,9 @@ def knockout(
     names = usual_pathways(map_of(ready[0])) if pathways is None else listed(pathways)
     what = Sweep(names, window, metrics=(metric,), executor=executor)
     recipe = _recipe(model, ready, names, window, metric, n_frames)
+    journal = None if out is None else journal_of(model, ready, what)
     return run_sweep(
-        model, [r.item for r in ready], ready, what, recipe=recipe, journal=recipe, out=out, cancel=cancel,
+        model, [r.item for r in ready], ready, what, recipe=recipe, journal=journal, out=out, cancel=cancel,
         show=show_progress,
     )  # fmt: skip
 
@@ -130,9 +133,10 @@ def knockout(
 def _recipe(
     model: Any, ready: Sequence[Ready], pathways: Sequence[str], window: int, metric: Metric, n_frames: int
 ) -> KnockoutRecipe | None:
-    """The recipe of a sweep, or None where an item or the model cannot be named again (arrays, wrapped models)."""
+    """The recipe of a sweep, or None where an item, its mechanisms or the model cannot be named again (arrays, wrapped
+    models)."""
     if not getattr(model, "spec", None) or any(
-        r.item is None or not isinstance(r.item.video, str) for r in ready
+        r.item is None or not isinstance(r.item.video, str) or r.plan != Plan() for r in ready
     ):
         return None
     items = tuple(spec_of(r.item, **r.sampling) for r in ready if r.item is not None)

@@ -25,7 +25,10 @@ from safetensors.torch import load_file, save_file
 
 from lab.carriers import VideoQA
 from lab.cli import main as cli
+from lab.edges.scoring import scalars, scores
 from lab.errors import LabError, PromptError, UsageError, VideoError
+from lab.mechanisms.differential_token_drop import DifferentialTokenDrop
+from lab.mechanisms.mixture_of_depths import MixtureOfDepths
 from lab.model.zoo import load
 from lab.recipe import dump
 from lab.recipe import load as load_recipe
@@ -566,6 +569,20 @@ def test_a_run_folder_of_another_recipe(loaded, scratch, tmp_path) -> None:
         knockout(loaded, item, ["last->last"], n_frames=2, out=tmp_path, show_progress=False)
     with pytest.raises(LabError, match="cannot use .* as a run folder"):
         knockout(loaded, item, ["video->last"], n_frames=2, out=scratch("video"), show_progress=False)
+    routed = loaded.prepare(item, 2, mechanisms=[MixtureOfDepths.EXAMPLE])
+    with pytest.raises(LabError, match="belongs to recipe"):
+        knockout(loaded, routed, ["video->last"], out=tmp_path, show_progress=False)
+    assert (
+        knockout(loaded, routed, ["video->last"], show_progress=False).recipe == {}
+    )  # it names no mechanism
+
+
+@pytest.mark.parametrize("measure", [scores, scalars])
+def test_scores_of_a_shortened_prompt_are_refused(measure, loaded, scratch) -> None:
+    item = VideoQA(scratch("video"), "q")
+    shorter = loaded.prepare(item, 2, mechanisms=[DifferentialTokenDrop(ratio=0.5)])
+    with pytest.raises(LabError, match="changes what the decoder reads; score it without"):
+        measure(loaded, shorter, show_progress=False)
 
 
 # ---- nothing computed is lost ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from lab.edges.mass import partition, segment_mass
 from lab.edges.policy import Policy
 from lab.edges.segments import members
 from lab.errors import TooBig, UsageError
+from lab.mechanisms.mixture_of_depths import MixtureOfDepths
 from lab.model.zoo import wrap
-from lab.slots import Plan
+from lab.slots import Plan, plan_of
 from tests import edgecases, families
 from tests.test_long import LONG, long_ready
 
@@ -172,6 +174,36 @@ def test_a_detour_that_shortens_the_stream(wrapped):
     assert torch.isnan(found.rows[2, :, ::3]).all() and not torch.isnan(found.rows[1]).any()
     left = torch.tensor([i for i in range(n) if i % 3])
     assert (found.rows[3][:, left].sum(-1) <= 1 + 1e-5).all() and (found.rows[3][:, left].sum(-1) > 0.5).all()
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl"])
+def test_rows_that_skip_a_layer_are_no_part_of_its_mean(name, wrapped):
+    """Mixture of depths: the mean is over the rows that ran, as the pattern of each says; nan where none did."""
+    model = wrapped(name)
+    ready = model.prepare_inputs(**families.inputs(name))
+    routed = MixtureOfDepths(keep=0.4, layers=(1,), gate="none", seed=3)
+    exit_ = MixtureOfDepths.early_exit(3)
+    ready.plan = plan_of([routed, exit_], model.sizes)
+    names = partition(ready.tokens)
+    found = segment_mass(model, ready, rows=True)
+    with torch.no_grad():
+        patterns = model.run_with_cache(ready, names_filter=lambda n: n.endswith("hook_pattern"))[1]
+        keep = model.run(replace(ready, plan=plan_of([routed], model.sizes))).heads["mod.keep"][0, 0]
+    of = torch.stack([members(ready.tokens, n) for n in names])
+    video = members(ready.tokens, "video")
+    for layer, ran in ((1, keep), (3, ~video), (4, ~video)):
+        rows = patterns[f"blocks.{layer}.attn.hook_pattern"][0].double() @ of[:, ran].double().T
+        assert found.n_ran[layer].tolist() == (of & ran).sum(1).tolist()
+        assert (found.rows[layer][:, ran] - rows).abs().max() <= 1e-6
+        for i, segment in enumerate(of[:, ran]):
+            mean = found.mean[layer, :, i]
+            assert torch.allclose(mean, rows[:, segment].mean(1), atol=1e-6, equal_nan=True)
+    assert 0 < int(keep[video].sum()) < int(video.sum())
+    assert torch.isnan(found.mean[3:, :, names.index("frame:0")]).all()
+    assert (found.mean[:3].sum(-1) - 1).abs().max() <= 1e-5
+    other = segment_mass(model, replace(ready, plan=Plan()))
+    both = presets.attention_mass([found, other], share=1.0)  # what one run does not have, the other tells
+    assert both.is_null and presets.attention_mass([found, other], 0).count(ready.tokens, 5).kept == 0
 
 
 def test_no_square_comes_to_be(wrapped):

@@ -9,14 +9,21 @@ import torch
 
 from lab.bench import models
 from lab.bench import sweep as bench
+from lab.carriers import VideoQA
 from lab.edges import sweeping
 from lab.edges.dense import run_dense
 from lab.edges.pathways import cut_mask
 from lab.edges.policy import Policy
 from lab.edges.sweeping import Sweep, layers_of, sweep
-from lab.errors import LabWarning, RunError, UsageError
+from lab.errors import ConfigError, LabWarning, RunError, UsageError
+from lab.mechanisms.differential_token_drop import DifferentialTokenDrop
+from lab.mechanisms.mixture_of_depths import MixtureOfDepths
+from lab.mechanisms.vidkv import VidKV
+from lab.model.zoo import wrap
 from lab.runs import Cancel, Cancelled
+from lab.slots import Plan, plan_of
 from probes.knockout import knockout
+from tests import families
 from tests.edgecases import attention_only_in
 from tests.families import FAMILIES, inputs
 
@@ -149,7 +156,7 @@ def test_a_folder_belongs_to_one_sweep(wrapped, tmp_path):
     with pytest.raises(Exception, match="belongs to recipe"):
         sweep(model, ready_of(model, "internvl", seed=1), ["video->last"], out=tmp_path, show_progress=False)
     with pytest.raises(UsageError, match="same items"):
-        sweeping._recipe(model, [ready_of(model, "internvl")], Sweep(("none",))).run()
+        sweeping.journal_of(model, [ready_of(model, "internvl")], Sweep(("none",))).run()
 
 
 def test_less_is_run_together_when_memory_runs_out(wrapped, monkeypatch):
@@ -205,7 +212,10 @@ def test_a_planted_route_is_found_by_the_fast_executor(wrapped):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"window": 0}, "at least 1"), ({"style": "middle"}, "style='middle'"), ({"metric": "best"}, "metric='best'"),
+        ({"window": 0}, "at least 1"), ({"window": 1.5}, "whole number, got 1.5"), ({"window": "3"}, "got '3'"),
+        ({"n_rows": 0}, "n_rows must be at least 1"), ({"heads": 0}, "list of whole numbers is needed, got 0"),
+        ({"frame_pairs": 3}, "pairs \\(key frame, query frame\\)"), ({"frame_pairs": (0, 1)}, "use 'each', or pairs"),
+        ({"style": "middle"}, "style='middle'"), ({"metric": "best"}, "metric='best'"),
         ({"executor": "quick"}, "use one of fast, reference"), ({"metric": "answer"}, "needs items with options"),
         ({"pathways": []}, "nothing to do"), ({"pathways": ["vidoe->last"]}, "closest: video"),
     ],
@@ -228,6 +238,46 @@ def test_a_sweep_inside_pruned_is_refused(wrapped):
     )
     with model.pruned(policy), pytest.raises(UsageError, match="sweep outside"):
         sweep(model, ready_of(model, "internvl"), ["video->last"], show_progress=False)
+
+
+@pytest.mark.parametrize("change", ["mechanism", "its setting", "weights", "hooks"])
+def test_a_journal_belongs_to_what_was_run(change, wrapped, tmp_path):
+    """Other mechanisms, weights or hooks would give other numbers: the journal's are not handed out for them."""
+    model = wrapped("internvl") if change != "weights" else wrap(families.build("internvl"))
+    plan, other = Plan(), plan_of([MixtureOfDepths(keep=0.4, seed=3)], model.sizes)
+    if change == "its setting":
+        plan, other = plan_of([VidKV.EXAMPLE], model.sizes), plan_of([VidKV.NEUTRAL], model.sizes)
+
+    def swept(plan):
+        ready = ready_of(model, "internvl")
+        ready.plan = plan
+        return sweep(model, ready, ["video->last"], window=1, out=tmp_path, show_progress=False)
+
+    first = swept(plan)
+    assert np.array_equal(swept(plan).values, first.values)
+    if change == "hooks":
+        double = [("blocks.1.hook_resid_post", lambda x, hook: x * 2)]
+        with model.hooks(double), pytest.raises(UsageError, match="hooks are open"):
+            swept(plan)
+        return
+    if change == "weights":
+        with torch.no_grad():
+            next(model.hf.parameters()).mul_(1.01)
+    with pytest.raises(ConfigError, match="belongs to recipe"):
+        swept(plan if change == "weights" else other)
+
+
+@pytest.mark.parametrize("executor", ["fast", "reference"])
+def test_tower_calls_that_a_map_takes_are_counted(executor, wrapped_text):
+    """What a stage leaves of a video is known after the tower has run, before anything is cut."""
+    model = wrapped_text("llava_onevision")
+    video = np.random.default_rng(0).integers(0, 255, (4, 24, 24, 3), dtype=np.uint8)
+    ready = model.prepare(VideoQA(video, "which ?"), 4, mechanisms=[DifferentialTokenDrop(ratio=0.5)])
+    before = model.tower_calls
+    found = sweep(
+        model, ready, ["video->last", "text->last"], window=2, executor=executor, show_progress=False
+    )
+    assert found.ledger["tower_calls"] == model.tower_calls - before == 1
 
 
 def test_hybrid_decoders_say_that_they_fall_back(wrapped):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 from lab.edges.fast import ROWS
@@ -47,8 +48,10 @@ class Sweep:
     per_token: bool = False
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise UsageError(f"window must be at least 1 layer, got {self.window}")
+        for name, unit in (("window", "layer"), ("n_rows", "row")):
+            number = getattr(self, name)
+            if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
+                raise UsageError(f"{name} must be at least 1 {unit}, a whole number, got {number!r}")
         for name, allowed in (("style", Style), ("executor", Executor)):
             if getattr(self, name) not in get_args(allowed):
                 raise UsageError(f"{name}={getattr(self, name)!r}; use one of {', '.join(get_args(allowed))}")

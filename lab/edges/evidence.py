@@ -23,6 +23,7 @@ from lab.carriers import TokenMap, VideoQA
 from lab.edges.bounds import mean_bound, paired_bound, share_bound
 from lab.edges.curves import areas
 from lab.edges.fast import run_cut
+from lab.edges.identity import weights_id
 from lab.edges.policy import Policy
 from lab.edges.rivals import FULL, MINE, SHUFFLED, Contestant, check_rival, contestants
 from lab.edges.store import Store
@@ -51,6 +52,7 @@ class EvaluationJournal(Owner):
     """What an evaluation's journal belongs to. It cannot be run by itself."""
 
     model: str
+    weights: str
     dtype: str
     items: tuple[str, ...]
     policies: tuple[str, ...]
@@ -230,7 +232,7 @@ def _owner(judge: Judge, given: Sequence[Any]) -> EvaluationJournal:
     items = tuple(_fingerprint(g) if isinstance(g, Ready) else _named(g) for g in given)
     made = [f"{r.name}|{getattr(r.policy, 'id', repr(r.policy))}" for r in judge.rows]
     return EvaluationJournal(
-        model=judge.model.cfg.model_name, dtype=str(judge.model.dtype), items=items,
+        model=judge.model.cfg.model_name, weights=weights_id(judge.model), dtype=str(judge.model.dtype), items=items,
         policies=tuple(made + judge.names[len(made) :]), seed=judge.seed,
     )  # fmt: skip
 

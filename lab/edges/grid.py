@@ -6,8 +6,9 @@ A point is a pathway, in some heads, between some pair of frames, in some layers
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from lab.carriers import TokenMap, VideoQA
@@ -98,7 +99,7 @@ def grid_of(
 def _heads(heads: Heads, n_heads: int) -> tuple[int, ...] | None:
     if heads is None:
         return None
-    chosen = tuple(range(n_heads)) if heads == "each" else _whole(heads, "heads")
+    chosen = tuple(range(n_heads)) if isinstance(heads, str) and heads == "each" else _whole(heads, "heads")
     bad = [h for h in chosen if not 0 <= h < n_heads]
     if bad or not chosen or len(set(chosen)) < len(chosen):
         raise UsageError(f"heads={heads!r}: use 'each', or different heads out of 0-{n_heads - 1}")
@@ -108,10 +109,10 @@ def _heads(heads: Heads, n_heads: int) -> tuple[int, ...] | None:
 def _pairs(given: FramePairs, n_frames: int) -> frozenset[Pair] | None:
     if given is None:
         return None
-    if given == "each":
+    if isinstance(given, str) and given == "each":
         pairs = frozenset((k, q) for q in range(n_frames) for k in range(q))
     else:
-        if isinstance(given, str) or any(isinstance(p, int) or len(p) != 2 for p in given):
+        if not isinstance(given, Iterable) or any(not isinstance(p, Sequence) or len(p) != 2 for p in given):
             raise UsageError(f"frame_pairs={given!r}: use 'each', or pairs (key frame, query frame)")
         pairs = frozenset((k, q) for k, q in (_whole(p, "frame_pairs") for p in given))
     bad = [p for p in sorted(pairs) if not 0 <= p[0] <= p[1] < n_frames]
@@ -124,7 +125,9 @@ def _pairs(given: FramePairs, n_frames: int) -> frozenset[Pair] | None:
 
 
 def _whole(given: Any, what: str) -> tuple[int, ...]:
-    numbers = tuple(given) if not isinstance(given, str) else ()
-    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-        raise UsageError(f"{what}: whole numbers are needed, got {given!r}")
-    return numbers
+    numbers: tuple[Any, ...] = (
+        tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
+    )
+    if not numbers or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in numbers):
+        raise UsageError(f"{what}: a list of whole numbers is needed, got {given!r}")
+    return tuple(int(n) for n in numbers)

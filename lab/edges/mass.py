@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -45,18 +45,24 @@ class Mass:
     names   the segments
     n_rows  positions of each segment
     sums    [layer, head, query segment, key segment], summed over the query segment's rows, float64
+    n_ran   [layer, query segment] rows of each segment that a layer ran: fewer than `n_rows` where a mechanism lets
+            rows skip the layer
     rows    [layer, head, pos, key segment] if asked for: every row by itself, nan where a layer did not run a row
     """
 
     names: tuple[str, ...]
     n_rows: tuple[int, ...]
     sums: Float[Tensor, "layer head query key"]
+    n_ran: Int[Tensor, "layer query"]
     rows: Float[Tensor, "layer head pos key"] | None = None
 
     @property
     def mean(self) -> Float[Tensor, "layer head query key"]:
-        """Mass per row of the query segment: 0..1; over segments that partition the prompt it sums to 1."""
-        return self.sums / torch.tensor(self.n_rows, dtype=self.sums.dtype)[:, None]
+        """Mass per row of the query segment that the layer ran: 0..1; nan where it ran none.
+
+        Over segments that partition the prompt it sums to 1 (0 in rows without a key).
+        """
+        return self.sums / self.n_ran[:, None, :, None]
 
     def result(self, name: str = "segment attention mass") -> Result:
         """The mean as a Result with axes (layer, head, query, key); layers 1-based."""
@@ -109,7 +115,8 @@ def segment_mass(
         else:
             run.sinks = (sink,)
         model.stream(door, run, plan=ready.plan, tokens=maps)
-    return Mass(sink.names, tuple(int(m.sum()) for m in sink.of), sink.sums, sink.rows)
+    n_rows = tuple(int(m.sum()) for m in sink.of)
+    return Mass(sink.names, n_rows, sink.sums, sink.n_ran, sink.rows)
 
 
 @dataclass
@@ -119,6 +126,7 @@ class _Sink:
     names: tuple[str, ...]
     of: Bool[Tensor, "segment pos"]
     sums: Tensor
+    n_ran: Tensor
     rows: Tensor | None
     _values: tuple[Tensor, list[Tensor]] | None = None  # for the key positions they were made for
 
@@ -134,8 +142,9 @@ class _Sink:
             of[i, segment(tokens, name, item)] = True
         n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
         sums = torch.full((n_layers, n_heads, len(names), len(names)), torch.nan, dtype=torch.float64)
+        n_ran = torch.zeros(n_layers, len(names), dtype=torch.long)
         shape = (n_layers, n_heads, len(tokens), len(names))
-        return _Sink(names, of, sums, _room(shape) if keep else None)
+        return _Sink(names, of, sums, n_ran, _room(shape) if keep else None)
 
     def fits_beside(self, model: Any) -> bool:
         """Whether one kernel call can give z and mass: enough precision, and nobody edits scores or pattern."""
@@ -178,7 +187,9 @@ class _Sink:
     def _note(self, call: Call, heads: Tensor, found: Tensor) -> None:
         """Keep the mass [head, q, segment] of some heads of a layer."""
         layer, order, found = call.parts.index, call.side.order.cpu(), found.cpu()
-        self.sums[layer, heads] = self.of[:, order].double() @ found.double()
+        here = self.of[:, order]
+        self.n_ran[layer] = here.sum(1)
+        self.sums[layer, heads] = here.double() @ found.double()
         if self.rows is not None:
             self.rows[layer, heads[:, None], order] = found.to(self.rows.dtype)
 

@@ -19,6 +19,7 @@ from lab.edges.joining import joined, offsets
 from lab.edges.margins import Metric, margin_of
 from lab.edges.pairs import Grid, segments_of
 from lab.edges.policy import Policy
+from lab.edges.reuse import staged
 from lab.edges.sweeping import _keys, as_ready
 from lab.edges.tallies import Tally
 from lab.edges.tapping import Seat, Tap
@@ -84,9 +85,10 @@ def worlds_of(model: Any, items: Any, grid: Grid, n_frames: int) -> list[list[Wo
     ready = as_ready(model, items, None, n_frames)
     out: list[list[World]] = []
     for key, r in zip(_keys([r.item for r in ready]), ready, strict=True):
-        if r.plan.detours or r.plan.cache is not None:
+        if r.plan.detours or r.plan.cache is not None or staged(r.plan):
             raise RunError(
-                f"{key} was prepared with a mechanism that takes detours or keeps its own cache; score it without"
+                f"{key} was prepared with a mechanism that takes detours, keeps its own cache or changes what the decoder "
+                "reads; score it without"
             )
         names = [key] if r.n_worlds == 1 else [f"{key}/{w + 1}" for w in range(r.n_worlds)]
         maps = [t.only((t.role != ROLES.index("pad")).nonzero().squeeze(1)) for t in r.maps]

@@ -229,7 +229,8 @@ def _averaged(runs: Sequence[Mass]) -> Tensor:
                 f"the runs were measured over different segments or models: {', '.join(names)} {tuple(shape)} against "
                 f"{', '.join(run.names)} {tuple(run.sums.shape)}"
             )
-    table = torch.stack([run.mean for run in runs]).mean(0)
+    # nan where a run has no such row: the others tell
+    table = torch.stack([run.mean for run in runs]).nanmean(0)
     over = float(table.nan_to_num().sum(-1).max())
     if over > 1 + 1e-3:
         raise UsageError(

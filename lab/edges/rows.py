@@ -30,6 +30,7 @@ class Todo:
     """One item to be measured: its name, its prompt, and the target that follows the prompt or ends it.
 
     prompt   the prompt's map as the decoder sees it, after the stages of its mechanisms
+    calls    tower calls that it took to know this map
     """
 
     key: str
@@ -37,6 +38,7 @@ class Todo:
     prompt: TokenMap
     item: VideoQA | None
     target: Target | None
+    calls: int = 0
 
     @property
     def tokens(self) -> TokenMap:

@@ -24,6 +24,7 @@ from lab.edges.bounds import CONFIDENCE, items_needed, most_hits, share_bound
 from lab.edges.closure import closure_of
 from lab.edges.fingerprints import Calibration
 from lab.edges.found import as_policy, plain_unit
+from lab.edges.identity import weights_id
 from lab.edges.policy import Policy
 from lab.edges.sweeping import _fingerprint, as_ready
 from lab.edges.trials import Effect, Trials, check_items
@@ -95,6 +96,7 @@ class SearchJournal(Owner):
     """What a search's journal belongs to. It cannot be run by itself."""
 
     model: str
+    weights: str
     dtype: str
     items: tuple[str, ...]
     budget: dict[str, float]
@@ -211,8 +213,8 @@ def _owner(model: Any, readies: Sequence[Ready], asked: Asked) -> SearchJournal:
         "layers": asked.layers,
     }
     return SearchJournal(
-        model=model.cfg.model_name, dtype=str(model.dtype), items=tuple(_fingerprint(r) for r in readies),
-        budget=asdict(asked.budget), asked=said,
+        model=model.cfg.model_name, weights=weights_id(model), dtype=str(model.dtype),
+        items=tuple(_fingerprint(r) for r in readies), budget=asdict(asked.budget), asked=said,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from lab.edges.closure import Cuts
 from lab.edges.dense import run_dense
 from lab.edges.fast import ROWS, run_cut
 from lab.edges.grid import FramePairs, Grid, Heads, grid_of
+from lab.edges.identity import content_id, weights_id
 from lab.edges.metrics import OF_OPTIONS, OF_TARGET, UNITS, Gauge, Metric
 from lab.edges.pathways import listed, name_of, usual_pathways
 from lab.edges.reuse import Videos, staged
@@ -33,14 +34,16 @@ from lab.edges.targets import Target, Targets, given_targets, letters_of, target
 from lab.edges.windows import WINDOW, Style, layers_of
 from lab.errors import RunError, UsageError
 from lab.model.continuing import with_response
+from lab.model.hooking import hooked
 from lab.model.ready import Ready
 from lab.recipe import Recipe
 from lab.recipe import Recipe as Owner  # not listed among the recipes that can be run
 from lab.result import Result
 from lab.runs import Cancel, Ledger, Run, progress
+from lab.slots import Plan
 
 __all__ = [
-    "UNIT", "WINDOW", "Executor", "Metric", "Style", "Sweep", "SweepJournal", "as_ready", "layers_of", "map_of", "run_sweep",
+    "UNIT", "WINDOW", "Executor", "Metric", "Style", "Sweep", "SweepJournal", "as_ready", "journal_of", "layers_of", "map_of", "run_sweep",
     "sweep",
 ]  # fmt: skip
 
@@ -51,9 +54,13 @@ TOGETHER = 1 << 29  # bytes of logits and masks that are held at a time, about
 
 
 class SweepJournal(Owner):
-    """What a journal belongs to: the model, the prompts' fingerprints, and what is cut. It cannot be run by itself."""
+    """What a journal belongs to: the model and its weights, the prompts' fingerprints, and what is cut.
+
+    It cannot be run by itself.
+    """
 
     model: str
+    weights: str
     dtype: str
     items: tuple[str, ...]
     what: str
@@ -102,7 +109,7 @@ def sweep(
     else:
         names = listed(pathways)
     what = Sweep(names, window, style, chosen, executor, n_rows, heads, frame_pairs, tuple(texts), per_token)
-    recipe = None if out is None else _recipe(model, ready, what)
+    recipe = None if out is None else journal_of(model, ready, what)
     return run_sweep(
         model, [r.item for r in ready], ready, what, journal=recipe, out=out, cancel=cancel, show=show_progress,
         passing=_passing(items, ready),
@@ -134,10 +141,12 @@ def map_of(ready: Ready) -> TokenMap:
     return ready.tokens
 
 
-def decoder_map(model: Any, ready: Ready) -> TokenMap:
-    """The token map of the one world as the decoder sees it: after the stages of the mechanisms it was prepared with."""
-    tokens = map_of(ready)
-    return model.maps(ready)[0] if staged(ready.plan) else tokens
+def decoder_map(model: Any, ready: Ready) -> tuple[TokenMap, int]:
+    """The token map of the one world as the decoder sees it, after the stages of the mechanisms it was prepared with;
+    and how many tower calls it took to know it."""
+    tokens, before = map_of(ready), model.tower_calls
+    tokens = model.maps(ready)[0] if staged(ready.plan) else tokens
+    return tokens, model.tower_calls - before
 
 
 def run_sweep(
@@ -152,9 +161,9 @@ def run_sweep(
     if model.pruning.chosen(None) is not None:
         raise UsageError("a sweep cuts the model as it is, and `model.pruned` is open: sweep outside of it")
     maps = [decoder_map(model, r) for r in ready]
-    grid = grid_of(model, maps, what.style, what.window, what.heads, what.frame_pairs)
+    grid = grid_of(model, [m for m, _ in maps], what.style, what.window, what.heads, what.frame_pairs)
     texts = given_targets(what.target, len(ready))
-    todo = [Todo(k, r, m, i, _checked(model, m, i, t, what, grid)) for k, r, m, i, t in zip(_keys(items), ready, maps, items, texts, strict=True)]  # fmt: skip
+    todo = [Todo(k, r, m, i, _checked(model, m, i, t, what, grid), calls) for k, r, (m, calls), i, t in zip(_keys(items), ready, maps, items, texts, strict=True)]  # fmt: skip
     videos = Videos(model, ready, passing)
     with nullcontext() if out is None else Run(out, _named(journal), cancel=cancel) as run:
         # the fast executor cuts all pathways of an item together, so an item is one piece; else every curve is one
@@ -277,6 +286,7 @@ def _rows(model: Any, pieces: Any, what: Sweep, grid: Grid, videos: Videos, run:
             if case is not None:
                 case.engine.close()
             videos.look(n)
+            calls -= todo.calls
             case = _case(model, n, todo, what, videos)
         levels = _levels(case, pathways, grid)
         spent = _minus(case.engine.ledger, before) + Ledger(tower_calls=model.tower_calls - calls)
@@ -421,10 +431,16 @@ def _named(recipe: Recipe | None) -> Recipe:
     return recipe
 
 
-def _recipe(model: Any, ready: Sequence[Ready], what: Sweep) -> SweepJournal:
+def journal_of(model: Any, ready: Sequence[Ready], what: Sweep) -> SweepJournal:
+    """Whom the journal of this sweep belongs to. Raises UsageError while hooks are open."""
+    if hooked(model):
+        raise UsageError(
+            "hooks are open, and a journal cannot tell what they do: sweep without out=, or close them"
+        )
     asked = (what.pathways, what.window, what.style, what.metrics, what.heads, what.frame_pairs, what.target, what.per_token)  # fmt: skip
     return SweepJournal(
         model=model.cfg.model_name,
+        weights=weights_id(model),
         dtype=str(model.dtype),
         items=tuple(_fingerprint(r) for r in ready),
         what=repr(asked),
@@ -432,7 +448,7 @@ def _recipe(model: Any, ready: Sequence[Ready], what: Sweep) -> SweepJournal:
 
 
 def _fingerprint(ready: Ready) -> str:
-    """Of all that the model is given."""
+    """Of all that the model is given, and of what mechanisms make of it."""
     seen = hashlib.sha256()
     for name, value in sorted(ready.inputs.items()):
         seen.update(name.encode())
@@ -444,4 +460,6 @@ def _fingerprint(ready: Ready) -> str:
     item = ready.item
     if item is not None:  # what the answer is measured against
         seen.update(repr((item.id, item.options, item.answer)).encode())
+    if ready.plan != Plan():
+        seen.update(content_id(ready.plan).encode())
     return seen.hexdigest()[:16]
