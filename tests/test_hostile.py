@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from lab.carriers import VideoQA
 from lab.cli import main as cli
 from lab.edges.scoring import scalars, scores
+from lab.edges.searching import search
 from lab.errors import LabError, PromptError, UsageError, VideoError
 from lab.mechanisms.differential_token_drop import DifferentialTokenDrop
 from lab.mechanisms.mixture_of_depths import MixtureOfDepths
@@ -583,6 +584,8 @@ def test_scores_of_a_shortened_prompt_are_refused(measure, loaded, scratch) -> N
     shorter = loaded.prepare(item, 2, mechanisms=[DifferentialTokenDrop(ratio=0.5)])
     with pytest.raises(LabError, match="changes what the decoder reads; score it without"):
         measure(loaded, shorter, show_progress=False)
+    with pytest.raises(LabError, match="search without it"):
+        search(loaded, shorter, show_progress=False)
 
 
 # ---- nothing computed is lost ---------------------------------------------------------------------------------------

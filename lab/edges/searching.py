@@ -26,6 +26,7 @@ from lab.edges.fingerprints import Calibration
 from lab.edges.found import as_policy, plain_unit
 from lab.edges.identity import weights_id
 from lab.edges.policy import Policy
+from lab.edges.reuse import staged
 from lab.edges.sweeping import _fingerprint, as_ready
 from lab.edges.trials import Effect, Trials, check_items
 from lab.edges.units import GRAINS, Grain, Roles, Unit, disjoint, split, units_of, wholes
@@ -159,6 +160,11 @@ def search(
         raise UsageError("a search cuts the model as it is, and `model.pruned` is open: search outside of it")
     check_items(calibration)
     readies = as_ready(model, calibration, None, n_frames)
+    if any(staged(r.plan) for r in readies):
+        raise UsageError(
+            "a search cuts the prompt as it is laid out, and one was prepared with a mechanism that changes what the "
+            "decoder reads; search without it"
+        )
     how = _How(asked, scores, cancel, show_progress, memory)
     if scope == "global":
         return _search(model, readies, how, out)
