@@ -18,8 +18,9 @@ from lab.edges.mass import partition, segment_mass
 from lab.edges.policy import Policy
 from lab.edges.segments import members
 from lab.errors import TooBig, UsageError
+from lab.mechanisms.mixture_of_depths import MixtureOfDepths
 from lab.model.zoo import wrap
-from lab.slots import Plan
+from lab.slots import Plan, plan_of
 from tests import edgecases, families
 from tests.test_long import LONG, long_ready
 
@@ -129,6 +130,19 @@ def test_in_the_layers_own_call_or_beside_it(name, wrapped, monkeypatch):
         edited = segment_mass(model, ready)
     assert (edited.mean[:2] - plain.mean[:2]).abs().max() <= 1e-6
     assert (edited.mean[2] - plain.mean[2]).abs().max() > 1e-3
+
+
+def test_a_mechanism_that_looks_at_attention_chooses_the_same_rows(wrapped, monkeypatch):
+    """Routing by what was attended works while mass is measured, in the layers' own call too."""
+    model = wrapped("internvl")
+    ready = model.prepare_inputs(**families.inputs("internvl"))
+    ready.plan = plan_of((MixtureOfDepths(keep=0.5, selector="attention"),), model.sizes)
+    one = segment_mass(model, ready, rows=True).rows
+    with monkeypatch.context() as m:
+        m.setattr(mass_module._Sink, "fits_beside", lambda self, model: False)
+        other = segment_mass(model, ready, rows=True).rows
+    assert torch.isnan(other).any() and torch.equal(torch.isnan(one), torch.isnan(other))
+    assert (one - other).nan_to_num().abs().max() <= 1e-6
 
 
 def test_half_precision_is_summed_in_single(wrapped):
