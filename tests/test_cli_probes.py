@@ -111,6 +111,7 @@ def test_layers_as_people_write_them() -> None:
     ("args", "said"),
     [
         (["lens", "-o", ""], "--out is empty"),
+        (["lens", "--word", "zyzzyva"], "vocabulary has no 'zyzzyva'"),
         (["patch", "-o", ""], "--out is empty"),
         (["attribute", "--at", "z"], "--at z needs a --layer"),
         (["attribute", "--layer", "9"], "--layer 9 goes with --at resid_pre"),
@@ -122,4 +123,4 @@ def test_wrong_words_are_one_line(
     monkeypatch.chdir(tmp_path)
     code, _, err = vlab(capsys, *args, "--items", ITEMS)
     assert code == 2 and said in err and "Traceback" not in err
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("result*"))
