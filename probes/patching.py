@@ -9,6 +9,7 @@ The work is done by `lab.patch`. Draws nothing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from lab.edges.segments import names as parts_of
 from lab.edges.segments import roles_here
 from lab.edges.sweeping import layers_of
-from lab.errors import UsageError
+from lab.errors import LabWarning, UsageError
 from lab.items import load_items
 from lab.model.ready import Ready
 from lab.patch.edits import Edit, take
@@ -40,6 +41,8 @@ from probes.knockout import load_spec
 By = Literal["frame", "role", "head"]
 CLEAN, CORRUPTED = "clean", "corrupted"
 PATHS = ("video->question+option", "video->last", "question+option->last", "last->last")
+
+NEAR = 0.5  # nats; where both worlds answer alike, and so near, a share of the way says little
 
 
 class PatchingRecipe(Recipe):
@@ -381,6 +384,13 @@ def _row(model: Any, key: str, worlds: Worlds, setup: Setup, grid: Any, scored: 
         "score": {setup.source: score.end, setup.into: score.start}, "reason": worlds.reason,
         "score_is": "logit difference" if score.theirs != score.own else "log probability (both worlds answer alike)",
     }  # fmt: skip
+    alike = score.theirs == score.own and abs(score.end - score.start) < NEAR
+    if setup.metric == "recovered" and alike:
+        warnings.warn(
+            f"both worlds answer {_text(model, score.own)!r}, {abs(score.end - score.start):.2g} nats apart: shares of so "
+            "small a way can be of any size; use another world or metric='logit_diff'",
+            LabWarning, stacklevel=2,
+        )  # fmt: skip
     spent = worlds.ledger + Ledger(2, 2, model.tower_calls - calls)
     return _Row(key, columns, values.tolist(), notes, spent)
 

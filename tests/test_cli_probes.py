@@ -99,6 +99,28 @@ def test_what_cannot_be_is_one_line(args: list[str], why: str, tmp_path: Path, c
 
 
 def test_layers_as_people_write_them() -> None:
-    assert _layers("1-3,8") == (1, 2, 3, 8) and _layers(None) is None
+    assert _layers("1-3,8", 8) == (1, 2, 3, 8) and _layers(None, 8) is None
     with pytest.raises(UsageError, match="give layers such as"):
-        _layers("1-")
+        _layers("1-", 8)
+    for said in ("0", "7-9", "5-3", "1-99999999999"):
+        with pytest.raises(UsageError, match="is not in 1-8"):
+            _layers(said, 8)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["lens", "-o", ""], "--out is empty"),
+        (["lens", "--word", "zyzzyva"], "vocabulary has no 'zyzzyva'"),
+        (["patch", "-o", ""], "--out is empty"),
+        (["attribute", "--at", "z"], "--at z needs a --layer"),
+        (["attribute", "--layer", "9"], "--layer 9 goes with --at resid_pre"),
+    ],
+)
+def test_wrong_words_are_one_line(
+    args: list[str], said: str, capsys: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = vlab(capsys, *args, "--items", ITEMS)
+    assert code == 2 and said in err and "Traceback" not in err
+    assert not list(tmp_path.rglob("result*"))

@@ -133,6 +133,19 @@ def test_in_the_layers_own_call_or_beside_it(name, wrapped, monkeypatch):
     assert (edited.mean[2] - plain.mean[2]).abs().max() > 1e-3
 
 
+def test_a_mechanism_that_looks_at_attention_chooses_the_same_rows(wrapped, monkeypatch):
+    """Routing by what was attended works while mass is measured, in the layers' own call too."""
+    model = wrapped("internvl")
+    ready = model.prepare_inputs(**families.inputs("internvl"))
+    ready.plan = plan_of((MixtureOfDepths(keep=0.5, selector="attention"),), model.sizes)
+    one = segment_mass(model, ready, rows=True).rows
+    with monkeypatch.context() as m:
+        m.setattr(mass_module._Sink, "fits_beside", lambda self, model: False)
+        other = segment_mass(model, ready, rows=True).rows
+    assert torch.isnan(other).any() and torch.equal(torch.isnan(one), torch.isnan(other))
+    assert (one - other).nan_to_num().abs().max() <= 1e-6
+
+
 def test_half_precision_is_summed_in_single(wrapped):
     model = wrap(families.build("llava_next_video").to(torch.bfloat16))
     ready = model.prepare_inputs(**edgecases.inputs("llava_next_video", torch.bfloat16))

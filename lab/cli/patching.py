@@ -9,8 +9,10 @@ from typing import Any
 
 from lab.cli.asking import Setting
 from lab.cli.output import Reply
+from lab.cli.probing import checked
 from lab.cli.rerunning import resumable, write_results
 from lab.cli.sweeps import source_of
+from lab.cli.tracing import folder_for
 from lab.errors import UsageError
 
 
@@ -21,37 +23,38 @@ def patch_items(
     from probes.patching import PatchingRecipe
 
     fields = {**asked, "by": by, "window": 1 if layers is None else layers}
-    return _probed(PatchingRecipe, items, setting, fields, Path(out))
+    return _probed(PatchingRecipe, items, setting, fields, out)
 
 
 def attribute_items(
     items: str, setting: Setting, layer: int | None, asked: Mapping[str, Any], out: str
 ) -> Reply:
     """An attribution, with the first question's frames painted over."""
-    from probes.attribution import AttributionRecipe
+    from probes.attribution import LAYERED, AttributionRecipe
 
+    place = asked["place"]
+    if layer is None and place in LAYERED:
+        raise UsageError(f"--at {place} needs a --layer: 1 is the first")
+    if layer is not None and place not in LAYERED:
+        raise UsageError(f"--layer {layer} goes with --at {', '.join(LAYERED)}; not with {place}")
     fields = {**asked, "layer": None if layer is None else layer - 1}  # 1-based on the command line
-    return _probed(AttributionRecipe, items, setting, fields, Path(out), paint=True)
+    return _probed(AttributionRecipe, items, setting, fields, out, paint=True)
 
 
 def _probed(
-    kind: Any, items: str, setting: Setting, fields: Mapping[str, Any], folder: Path, *, paint: bool = False
+    kind: Any, items: str, setting: Setting, fields: Mapping[str, Any], out: str, *, paint: bool = False
 ) -> Reply:
-    from pydantic import ValidationError
-
-    from lab.recipe import ModelSpec, dump, explain
+    from lab.recipe import ModelSpec, dump
 
     if setting.fps is not None:
         raise UsageError("--fps: a probe takes the same number of frames of every video; use --frames")
     source = source_of(items)
     model = setting.load()
     given = {k: v for k, v in fields.items() if v is not None}
-    try:
-        recipe = kind(
-            model=ModelSpec(**(model.spec or {})), items=source, n_frames=setting.frames or 8, **given
-        )
-    except ValidationError as e:
-        raise UsageError(explain(e, kind)) from None
+    recipe = checked(
+        kind, model=ModelSpec(**(model.spec or {})), items=source, n_frames=setting.frames or 8, **given
+    )
+    folder = folder_for(out)
     results = resumable(recipe, folder, model=model)
     files = write_results(results, folder)
     if paint:

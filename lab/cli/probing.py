@@ -12,6 +12,7 @@ from lab.cli.asking import Setting
 from lab.cli.output import Reply
 from lab.cli.rerunning import resumable, write_results
 from lab.cli.sweeps import source_of
+from lab.cli.tracing import folder_for
 from lab.errors import UsageError
 
 
@@ -33,11 +34,11 @@ class Over:
         rules = None if self.policy is None else find(self.policy, model.cfg.n_layers).to_dict()
         return {
             "model": ModelSpec(**(model.spec or {})), "items": source_of(self.items), "n_frames": self.setting.frames or 8,
-            "policy": rules, "layers": _layers(self.layers),
+            "policy": rules, "layers": _layers(self.layers, model.cfg.n_layers),
         }  # fmt: skip
 
 
-def _layers(said: str | None) -> tuple[int, ...] | None:
+def _layers(said: str | None, n_layers: int) -> tuple[int, ...] | None:
     """ "1-4,8" as layers. Raises UsageError."""
     if said is None:
         return None
@@ -46,7 +47,10 @@ def _layers(said: str | None) -> tuple[int, ...] | None:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f"--layers {said!r}: give layers such as 1-4,8")
-        out += range(int(first), int(last or first) + 1)
+        low, high = int(first), int(last or first)
+        if not 1 <= low <= high <= n_layers:
+            raise UsageError(f"--layers {said!r}: {part.strip()} is not in 1-{n_layers}, the model's layers")
+        out += range(low, high + 1)
     return tuple(out)
 
 
@@ -59,7 +63,7 @@ def lens(
     model = over.setting.load()
     if paint is not None and not 1 <= paint <= model.cfg.n_layers:
         raise UsageError(f"--paint {paint}: the model has layers 1..{model.cfg.n_layers}")
-    recipe = _checked(
+    recipe = checked(
         LensRecipe, **over.fields(model), tokens=tuple(tokens or ["last"]), words=tuple(words or ["answer"]), measure=measure,
         by=by, site=site, mode=mode,
     )  # fmt: skip
@@ -72,7 +76,7 @@ def attention(over: Over, pathways: Sequence[str], causal: bool) -> Reply:
     from probes.attention import AttentionRecipe
 
     model = over.setting.load()
-    recipe = _checked(AttentionRecipe, **over.fields(model), pathways=tuple(pathways) or None, causal=causal)
+    recipe = checked(AttentionRecipe, **over.fields(model), pathways=tuple(pathways) or None, causal=causal)
     return _carried_out(recipe, model, over)
 
 
@@ -83,14 +87,14 @@ def linear(
     from probes.linear import LinearRecipe
 
     model = over.setting.load()
-    recipe = _checked(
+    recipe = checked(
         LinearRecipe, **over.fields(model), label=label, roles=tuple(roles or ["video", "last"]), site=site, folds=folds,
         twins=twins, seed=seed,
     )  # fmt: skip
     return _carried_out(recipe, model, over)
 
 
-def _checked(cls: Any, **fields: Any) -> Any:
+def checked(cls: Any, **fields: Any) -> Any:
     """The recipe. Raises UsageError with pydantic's findings in one line."""
     from pydantic import ValidationError
 
@@ -107,7 +111,7 @@ def _carried_out(recipe: Any, model: Any, over: Over) -> Reply:
 
     if over.setting.fps is not None:
         raise UsageError("--fps: a probe takes the same number of frames of every video; use --frames")
-    folder = Path(over.out)
+    folder = folder_for(over.out)
     results = resumable(recipe, folder, model=model)
     files = [*write_results(results, folder), folder / "recipe.yaml"]
     dump(recipe, folder / "recipe.yaml")

@@ -10,7 +10,9 @@ from typing import Any
 
 from lab.cli.asking import Setting
 from lab.cli.output import Reply, table
+from lab.cli.probing import checked
 from lab.cli.sweeps import source_of
+from lab.cli.tracing import folder_for
 from lab.errors import UsageError
 
 HEAD = ("policy", "accuracy", "drop", "<=", "flips", "KL", "kept", "live", "of video")
@@ -38,9 +40,9 @@ def prune(
         raise UsageError(f"--out {out}: a policy file ends in .yaml or .json")
     folder = Path(out).with_suffix("")
     model = setting.load()
-    recipe = PruneRecipe(
-        model=ModelSpec(**(model.spec or {})), items=source_of(items), n_frames=setting.frames or 8,
-        holdout=None if holdout is None else source_of(holdout), budget=BudgetSpec(**budget), **options,
+    recipe = checked(
+        PruneRecipe, model=ModelSpec(**(model.spec or {})), items=source_of(items), n_frames=setting.frames or 8,
+        holdout=None if holdout is None else source_of(holdout), budget=checked(BudgetSpec, **budget), **options,
     )  # fmt: skip
     journal = folder / f"journal-{recipe.id}"
     found = recipe.prune(model=model, out=journal)
@@ -85,7 +87,7 @@ def evaluate(
     chosen = find(policy, model.cfg.n_layers)
     source = source_of(items)
     held = load_items(source.model_dump(mode="json"))
-    folder = None if out is None else Path(out)
+    folder = None if out is None else folder_for(out)
     found = measure(
         model, chosen, held, baselines, n_frames=setting.frames or 8, out=folder and folder / f"journal-{chosen.id}",
     )  # fmt: skip

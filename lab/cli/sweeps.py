@@ -10,6 +10,7 @@ from typing import Any
 
 from lab.cli.asking import Setting
 from lab.cli.output import Reply, table
+from lab.cli.tracing import folder_for
 from lab.errors import UsageError
 from lab.result import Result
 
@@ -41,7 +42,7 @@ def sweep_items(asked: Asked, setting: Setting) -> Reply:
     from lab.recipe import dump
 
     _check(asked, setting)
-    folder = Path(asked.out)
+    folder = folder_for(asked.out)
     source = source_of(asked.items, asked.video_root)
     model = setting.load()
     recipe = _recipe(asked, setting, source, model)

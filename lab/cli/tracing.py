@@ -34,7 +34,7 @@ def demonstrate(out: str) -> Reply:
     from lab.items import load_items
 
     item = load_items(CLIPS / "items.yaml")[0]
-    folder = _folder(out)
+    folder = folder_for(out)
     copy = folder / Path(item.video).name
     shutil.copyfile(item.video, copy)
     reply = trace(replace(item, video=str(copy)), Setting("tiny", "cpu", None, None, None), [], None, out)
@@ -47,7 +47,7 @@ def trace(item: VideoQA, setting: Setting, pathways: Sequence[str], window: int 
 
     if window is not None and window < 1:
         raise UsageError(f"--window {window}: at least 1 layer is needed")
-    folder = _folder(out)
+    folder = folder_for(out)
     model = setting.load()
     ready = model.prepare(item, **setting.sampling())
     found = model.answer(ready)
@@ -179,7 +179,8 @@ def path_from(folder: Path, video: str) -> str:
     return Path(os.path.relpath(file, start)).as_posix() if near or file.parent == start else file.as_posix()
 
 
-def _folder(out: str) -> Path:
+def folder_for(out: str) -> Path:
+    """The folder that `--out` names, made if it is not there. Raises UsageError."""
     if not out.strip():
         raise UsageError("--out is empty; name a folder")
     folder = Path(out)

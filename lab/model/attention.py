@@ -86,15 +86,15 @@ def _attend(
     query = swap(points.hook_rot_q(swap(query)))
     if call.k_order is None:  # no cache: a cache has sent its new rows through the points already
         key, value = through_points(call, key, value)
-    if call.run.attend is not None:
-        return points.hook_z(call.run.attend(call, query, key, value, kw))
     k_order = call.side.order if call.k_order is None else call.k_order
-    for sink in call.run.sinks:
-        sink(call, query, key, k_order, kw)
     layer = call.parts.index
     if layer in call.run.onlookers:
         keep, bias = _allowed(call, query, k_order)
         call.run.onlookers[layer](Seen(query, key, call.side.order, k_order, keep, bias, kw.get("scaling")))
+    if call.run.attend is not None:
+        return points.hook_z(call.run.attend(call, query, key, value, kw))
+    for sink in call.run.sinks:
+        sink(call, query, key, k_order, kw)
     edges = call.run.edges.get(layer)
     look = layer in call.run.look or watched(points.hook_attn_scores, points.hook_pattern)
     if look or lab.kernel == "eager":

@@ -153,10 +153,13 @@ class VideoLLM(HookedRootModule):
         return anatomy.head(self.hf)(resid)
 
     def to_single_token(self, text: str) -> int:
-        """Id of a text that is one token. Raises UsageError if it is several, or if there is no tokenizer."""
-        ids = self.need_tokenizer()(text, add_special_tokens=False)["input_ids"]
+        """Id of a text that is one token. Raises UsageError if it is several or unknown, or without a tokenizer."""
+        tokenizer = self.need_tokenizer()
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise UsageError(f"{text!r} is {len(ids)} tokens, not one; give a shorter text or a token id")
+        if ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
+            raise UsageError(f"the model's vocabulary has no {text!r}; give another word or a token id")
         return int(ids[0])
 
     def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
