@@ -49,7 +49,7 @@ def load(
     name: str | Path, *, device: Any = None, dtype: Any = None, device_map: Any = None, verify: bool = True,
     revision: str | None = None, attn_implementation: str = "sdpa", trust_remote_code: bool = False,
 ) -> VideoLLM:  # fmt: skip
-    """Load a checkpoint: "tiny" (bundled), a local folder, or a hub id. Weights come frozen and in eval mode.
+    """Load a checkpoint: "tiny" or "tiny-image" (bundled), a local folder, or a hub id. Weights come frozen and in eval mode.
 
     device       "cpu", "cuda", ...; None takes a GPU if there is one
     dtype        "float32" | "bfloat16" | "float16" | torch dtype; None: the checkpoint's on a GPU, float32 on a CPU
