@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import accelerate
 import pytest
 import torch
 
-from lab.bench import gpu, models, overhead
+from lab.bench import gpu, models, overhead, sweep
 from lab.bench.measuring import median_ratio, paired, peak_bytes
 from lab.bench.memory import BOUND
 from lab.model.zoo import load, wrap
@@ -170,3 +171,14 @@ def test_models_with_accelerate_hooks_give_the_same_numbers(name: str, how: str)
             model(x, read="all")[x["attention_mask"].bool()], plain[x["attention_mask"].bool()]
         )
         assert torch.equal(model.generate(x, max_new_tokens=4, stop=()).ids, ids)
+
+
+def test_the_formula_of_a_sweep_counts_whole_runs_and_single_rows() -> None:
+    shape = replace(sweep.SHAPE, layers=4)
+    n = 100
+    whole, last = torch.zeros(n, n, dtype=torch.bool), torch.zeros(n, n, dtype=torch.bool)
+    whole[1:, 0] = True  # every row but the first loses an edge, from the first layer on
+    last[-1, 3] = True
+    assert 1.98 < sweep.by_formula(shape, n, [{0: whole}]) <= 2
+    one = sweep.by_formula(shape, n, [{3: last}]) - 1  # one row of 100 in one layer of four
+    assert 0.9 / 400 < one < 1.2 / 400

@@ -25,7 +25,7 @@ import torch
 from lab.bench import models
 from lab.bench.measuring import median_ratio, paired, peak_bytes, setting, write
 from lab.carriers import Frames, VideoQA
-from lab.edges.closure import Cuts
+from lab.edges.closure import Cuts, touched_rows
 from lab.edges.dense import run_dense
 from lab.edges.fast import ROWS, run_cut
 from lab.edges.pathrows import path_rows
@@ -84,10 +84,28 @@ def measure(
     store = Store.of(model, ready)
     return {
         "pathways": list(pathways), **found, "n_rows": n_rows,
+        "forwards_by_formula": round(by_formula(shape, ready.n_pos, cuts), 2),
         "store_bytes": sum(t.nbytes for t in (*store.resid, *store.keys, *store.values)),
         "peak_bytes": peak_bytes(lambda: run_cut(model, store, cuts, n_rows=n_rows)),
         "one": _one(model, ready, store),
     }  # fmt: skip
+
+
+def by_formula(shape: models.Shape, n_pos: int, cuts: Sequence[Cuts]) -> float:
+    """Forward-equivalents of one clean run and of every cut run, had it to run all rows from the first that loses an edge.
+
+    A ceiling for the ledger, which counts only rows that can change and can matter. FLOPs of a row in a layer: its
+    products with the weights, and its scores and values over the keys before it.
+    """
+    d_head = shape.d // shape.heads
+    weights = 2 * (shape.d * 2 * (shape.d + d_head * shape.kv_heads) + 3 * shape.d * shape.mlp)
+
+    def layer(n: float) -> float:
+        return weights * n + 4 * shape.d * n * (n_pos - n / 2)
+
+    first = {id(cut): int(touched_rows(cut).int().argmax()) for c in cuts for cut in c.values()}
+    suffix = [(shape.layers - min(c)) * layer(n_pos - min(first[id(x)] for x in c.values())) for c in cuts]
+    return 1 + sum(suffix) / (shape.layers * layer(n_pos))
 
 
 def compared(
