@@ -103,9 +103,11 @@ def panel_plotly(panel: Panel) -> Figure:
             )
     for c, spec in enumerate(panel.cells[-1]):
         fig.update_xaxes(title=spec.x_label, row=n_rows, col=c + 1)
+    for r in range(n_rows):
+        fig.update_yaxes(title={"text": panel.unit, "font": {"size": 11}}, row=r + 1, col=1)
     fig.update_layout(
         template="none", title={"text": panel.title, "x": 0, "xref": "paper"}, height=190 * n_rows + 160, hovermode="closest",
-        legend={"tracegroupgap": 14, "font": {"size": 12}}, margin={"l": 60, "r": 20, "t": 90, "b": 60},
+        legend={"tracegroupgap": 14, "font": {"size": 12}}, margin={"l": 75, "r": 20, "t": 90, "b": 60},
         font={"family": "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif", "color": "#1d2126"},
     )  # fmt: skip
     fig.update_annotations(font_size=12)  # headings of rows and columns
