@@ -479,8 +479,8 @@ def test_what_may_not_be_read_or_written(scratch, tmp_path_factory) -> None:
         "for video in ('a.mp4', 'images'):\n"
         "    try: read(f'{f}/{video}')\n"
         "    except LabError as e: print(type(e).__name__, str(e))\n"
-        "from lab.cli.tracing import _folder\n"
-        "try: _folder(f'{f}/closed/out')\n"
+        "from lab.cli.tracing import folder_for\n"
+        "try: folder_for(f'{f}/closed/out')\n"
         "except LabError as e: print(type(e).__name__, str(e))\n"
     )
     done = subprocess.run(

@@ -301,7 +301,7 @@ def test_policy_sweeps(name, small):
             for e in ("fast", "reference")
         )
     assert abs(fast.values - slow.values).max() < 1e-2 and abs(slow.values).max() > 1e-3
-    tokens = decoder_map(small, prepared)
+    tokens, _ = decoder_map(small, prepared)
     from lab.edges.dense import dense_edges
     from lab.edges.pathways import cut_mask
 
