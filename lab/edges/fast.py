@@ -8,7 +8,7 @@ knows the pack (`lab.edges.packed`). Equal to the reference executor up to round
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from lab.edges.closure import Closure, Cuts, closure_of
 from lab.edges.cutrows import LayerCut, policy_cuts
 from lab.edges.dense import run_dense
-from lab.edges.packed import Group, Packed
+from lab.edges.packed import Group, Packed, batches
 from lab.edges.shelf import out_of_memory
 from lab.edges.store import Store, release_memory
 from lab.errors import RunError, UsageError
@@ -77,7 +77,7 @@ def run_uncut(
 def _run_all(model: Any, store: Store, jobs: Sequence[_Job], at: Tensor, read: Read, n_rows: int) -> Tensor:
     out = store.clean(model, read)[None].repeat(len(jobs), 1, 1)
     with model.lock.shared():
-        for batch in _batches([j for j in jobs if j.closure.reaches], n_rows):
+        for batch in batches([j for j in jobs if j.closure.reaches], n_rows):
             _run_or_halve(model, store, batch, at, out)
     return out
 
@@ -125,23 +125,13 @@ class _Job:
     closure: Closure
 
     @property
+    def start(self) -> int:
+        return self.closure.start
+
+    @property
     def most(self) -> int:
         n = len(self.closure.dirty) - 1
         return max(len(self.closure.rows(layer)) for layer in range(self.closure.start, n))
-
-
-def _batches(jobs: Sequence[_Job], n_rows: int) -> Iterator[list[_Job]]:
-    """Jobs that go together, those that begin together side by side."""
-    batch: list[_Job] = []
-    held = 0
-    for job in sorted(jobs, key=lambda j: (j.closure.start, j.most)):
-        if batch and held + job.most > n_rows:
-            yield batch
-            batch, held = [], 0
-        batch.append(job)
-        held += job.most
-    if batch:
-        yield batch
 
 
 def _run_or_halve(model: Any, store: Store, jobs: Sequence[_Job], at: Tensor, out: Tensor) -> None:

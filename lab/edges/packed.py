@@ -7,9 +7,9 @@ mask form a group and are served by one kernel call; no object of positions x po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,33 @@ SCORE_CELLS = 1 << 26  # written-out scores, batch x head x query x key
 _CPU_KERNEL: Callable[..., Any] | None = getattr(
     torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
 )
+
+
+J = TypeVar("J", bound="Rows")
+
+
+class Rows(Protocol):
+    """Work that runs rows of a stored run: its first layer, and the most rows it has in a layer."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def most(self) -> int: ...
+
+
+def batches(jobs: Sequence[J], n_rows: int) -> Iterator[list[J]]:
+    """Jobs of about `n_rows` rows together, those that begin together side by side."""
+    batch: list[J] = []
+    held = 0
+    for job in sorted(jobs, key=lambda j: (j.start, j.most)):
+        if batch and held + job.most > n_rows:
+            yield batch
+            batch, held = [], 0
+        batch.append(job)
+        held += job.most
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)

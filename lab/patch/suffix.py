@@ -9,7 +9,7 @@ Equal to the reference up to rounding.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lab.edges.closure import closure_of
-from lab.edges.packed import Group, Packed
+from lab.edges.packed import Group, Packed, batches
 from lab.model.decoder import all_reached, one_layer
 from lab.model.run import Call, Run
 from lab.patch.cells import Cell, cell_of, why_not_cell
@@ -88,7 +88,7 @@ def _fast(
     live = closure_of(base.cuts, base.store.n_pos, base.store.n_layers, [base.store.n_pos - 1]).live
     out = logits_of(model, base)[None].repeat(len(cells), 1)
     jobs = [j for i, c in enumerate(made) if (j := _job(i, c, live)) is not None]
-    for batch in _batches(jobs, n_rows):
+    for batch in batches(jobs, n_rows):
         _run(model, base, batch, out)
     rows = base.store.work.row_layers + sum(o.store.work.row_layers for o in others.values())
     whole = base.store.n_pos * base.store.n_layers
@@ -132,20 +132,6 @@ def _job(place: int, cell: Cell, live: Sequence[Tensor]) -> _Job | None:
     if not bool((dirty & live[-1]).any()):
         return None
     return _Job(place, cell, tuple(rows), tuple(full))
-
-
-def _batches(jobs: Sequence[_Job], n_rows: int) -> Iterator[list[_Job]]:
-    """Jobs that go together, those that begin together side by side."""
-    batch: list[_Job] = []
-    held = 0
-    for job in sorted(jobs, key=lambda j: (j.start, j.most)):
-        if batch and held + job.most > n_rows:
-            yield batch
-            batch, held = [], 0
-        batch.append(job)
-        held += job.most
-    if batch:
-        yield batch
 
 
 @dataclass(frozen=True)
