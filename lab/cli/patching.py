@@ -11,7 +11,7 @@ from lab.cli.asking import Setting
 from lab.cli.output import Reply
 from lab.cli.probing import checked
 from lab.cli.rerunning import resumable, write_results
-from lab.cli.sweeps import source_of
+from lab.cli.sources import source_of
 from lab.cli.tracing import folder_for
 from lab.errors import UsageError
 
