@@ -31,7 +31,16 @@ FLOOR = {
     "lab.comparison": 6, "lab.learn": 6, "lab.bench": 6,
     "lab.cli": 7, "lab.app": 7, "figures": 7,
 }  # fmt: skip
-TORCH_FREE = ("lab.errors", "lab.result", "lab.recipe", "lab.overriding", "lab.spans", "lab.yamlfile")
+TORCH_FREE = (
+    "lab.errors",
+    "lab.result",
+    "lab.recipe",
+    "lab.overriding",
+    "lab.benchmarks",
+    "lab.benchmark_rows",
+    "lab.spans",
+    "lab.yamlfile",
+)
 # Rooms that may import less than all below them: the floors, or rooms, they may use beside themselves.
 HIGHEST = {
     "lab.edges": 2,

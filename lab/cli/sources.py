@@ -23,7 +23,7 @@ def source_of(items: str, video_root: str | None = None) -> Any:
         whose = "simulated items bring their videos" if hasattr(spec, "sim") else "the folder holds them"
         raise UsageError(f"--video-root {video_root}: {whose}; leave it out")
     if hasattr(spec, "sim"):
-        return _with_known_tasks(spec)
+        return _with_known_tasks(spec) if items.startswith("sim:") else spec
     from lab.items import pinned
 
     named = _absolute(spec, items, video_root)
@@ -39,15 +39,17 @@ def _checked(items: str) -> Any:
     from lab.recipe import ItemsSpec
 
     adapter: TypeAdapter[Any] = TypeAdapter(ItemsSpec)
+    as_json = items.lstrip().startswith("{")
     try:
-        return adapter.validate_python(json.loads(items) if items.lstrip().startswith("{") else items)
+        return adapter.validate_python(json.loads(items) if as_json else items)
     except ValidationError as e:
-        why = e.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"--items {items}: {why}") from None
-    except (ValueError, RecursionError):
-        raise UsageError(
-            f'--items {items[:200]}: not a simulator task such as {{"sim": "moving_direction", "n": 8}}'
-        ) from None
+        said = e.errors(include_url=False)[0]
+        where = ".".join(str(p) for p in said["loc"][1:])
+        why = f"{where}: " * bool(where) + said["msg"].removeprefix("Value error, ")
+    except (ValueError, RecursionError) as e:
+        why = f"not JSON: {e}"
+    kind = 'not a simulator task such as {"sim": "moving_direction", "n": 8} ' if as_json else ""
+    raise UsageError(f"--items {items[:200]}: {kind}{f'({why})' if as_json else why}")
 
 
 def _with_known_tasks(spec: Any) -> Any:

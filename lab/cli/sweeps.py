@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lab.cli.asking import Setting
-from lab.cli.output import Reply, table
+from lab.cli.output import Reply, folder_for, table
 from lab.cli.sources import source_of
-from lab.cli.tracing import folder_for
 from lab.errors import UsageError
 from lab.result import Result
 
@@ -37,9 +37,10 @@ class Asked:
 
 def sweep_items(asked: Asked, setting: Setting) -> Reply:
     """Result, report, pictures and recipe in a folder; interrupted, the same command goes on where it stopped."""
+    from lab.cli.keeping import keep
     from lab.cli.rerunning import resumable
-    from lab.recipe import dump
 
+    started = time.monotonic()
     _check(asked, setting)
     folder = folder_for(asked.out)
     source = source_of(asked.items, asked.video_root)
@@ -47,14 +48,13 @@ def sweep_items(asked: Asked, setting: Setting) -> Reply:
     recipe = _recipe(asked, setting, source, model)
     results = resumable(recipe, folder, model=model, executor=asked.executor)
     chosen = results[0].split(asked.split or "all")
-    files = _written(results[0], chosen, asked, folder)
-    dump(recipe, folder / "recipe.yaml")
+    files = keep(recipe, _written(results[0], chosen, asked, folder), folder, started)
     ledger = results[0].ledger
     data = {
         "recipe": recipe.id,
         "ledger": ledger,
         "correct": _correct(results[0]),
-        "files": [str(f) for f in [*files, folder / "recipe.yaml"]],
+        "files": [str(f) for f in files],
         "results": [json.loads(r.to_json()) for r in results],
     }
     spent = f"{ledger['forwards']:.1f} forward-equivalents in place of {ledger['naive']:.0f}, {ledger['tower_calls']} tower calls"
