@@ -21,7 +21,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -61,6 +61,8 @@ class Recipe(Part):
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: str = Field(default="", validate_default=True)
     _folder: Path | None = PrivateAttr(default=None)
+    # Fields that came later: at their defaults they are no part of the identity, so that older recipes keep their id.
+    added: ClassVar[tuple[str, ...]] = ()
 
     @field_validator("kind", mode="after")
     @classmethod
@@ -106,9 +108,9 @@ class Recipe(Part):
 
     def canonical(self) -> str:
         """JSON with sorted keys and no spaces: equal recipes give equal text on every machine."""
-        return json.dumps(
-            self.plain(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-        )
+        unsaid = {n for n in self.added if getattr(self, n) == type(self).model_fields[n].default}
+        data = {k: v for k, v in self.plain().items() if k not in unsaid}
+        return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
     @property
     def id(self) -> str:
@@ -200,8 +202,8 @@ class SimSpec(Part):
     """Simulated items: `n` items of the simulator task `sim` (or of each, with commas between), drawn with `seed`."""
 
     sim: str
-    n: int = Field(default=8, ge=1)
-    seed: int = 0
+    n: int = Field(default=8, ge=1, le=100_000)
+    seed: int = Field(default=0, ge=0)
 
 
 class ItemFile(Part):
@@ -298,7 +300,7 @@ def load(path: str | Path) -> Recipe:
     base = data.pop("base", ".") if isinstance(data, dict) else "."
     if not isinstance(base, str) or "\0" in base:
         raise ConfigError(f"{path}: base: must be the name of a folder, got {_short(base)}")
-    return from_plain(data, str(path)).at(folder / base)
+    return from_plain(data, str(path)).at(os.path.normpath(folder / base))
 
 
 def loads(text: str, name: str = "recipe") -> Recipe:
@@ -310,8 +312,8 @@ def dump(recipe: Recipe, path: str | Path | None = None) -> str:
     """The recipe as YAML text, also written to `path` if given. Raises ConfigError if `load` could not read it back."""
     resolve(recipe.kind)
     data = recipe.plain()
-    if path is not None and _has_relative_paths(recipe):
-        start = os.path.relpath(recipe.folder.resolve(), Path(path).resolve().parent)
+    if path is not None and recipe._folder is not None and _has_relative_paths(recipe):
+        start = os.path.relpath(recipe._folder.resolve(), Path(path).resolve().parent)
         data = data if start == "." else {"base": Path(start).as_posix(), **data}
     text = as_yaml(data)
     if path is not None:
@@ -409,6 +411,8 @@ def sha256_of(path: str | Path) -> str:
                     digest.update(block)
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+    except ValueError:  # a zero byte
+        raise ConfigError(f"cannot read {str(path)!r}: not a path") from None
     return digest.hexdigest()
 
 
