@@ -7,7 +7,7 @@ The work is done in `lab.edges`; here are the question's name, its recipe and it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,11 +114,10 @@ class PruneRecipe(Recipe):
     def _load(self, spec: Any) -> list[Any]:
         return list(load_items(spec, base=self.folder))
 
-    def written(self, results: Sequence[Result], folder: Path, usual: Callable[[], list[Path]]) -> list[Path]:
-        """The usual files, and the policy."""
-        found = Policy.from_dict(results[-1].notes["policy"], "policy")
-        found.save(folder / "policy.yaml")
-        return [*usual(), folder / "policy.yaml"]
+    def further(self, results: Sequence[Result], folder: Path) -> list[Path]:
+        """Writes the policy that was found."""
+        Policy.from_dict(results[-1].notes["policy"], "policy").save(folder / "policy.yaml")
+        return [folder / "policy.yaml"]
 
 
 def prune(

@@ -166,8 +166,9 @@ def sweep(
         typer.Option(
             "--items",
             metavar="FILE",
-            help="Questions: .jsonl or .yaml, a TVBench or MVBench .json, or simulated ones: sim:TASKS:N:SEED "
-            "(sim:temporal:20 is the paper's five tasks).",
+            help="Questions: .jsonl or .yaml, a TVBench or MVBench .json, simulated ones: sim:TASKS:N:SEED "
+            "(sim:temporal:20 is the paper's five tasks), or a benchmark's folder: tvbench, mvbench, tomato or "
+            "tempcompass:FOLDER[:TASKS][:N].",
         ),
     ],
     video_root: Annotated[str | None, typer.Option("--video-root", metavar="FOLDER", help="Where a benchmark's videos lie.")] = None,
@@ -261,7 +262,7 @@ Items = Annotated[
     typer.Option(
         "--items",
         metavar="FILE",
-        help='Questions: .jsonl or .yaml, or a simulator task: \'{"sim": "moving_direction", "n": 8}\'.',
+        help="Questions: .jsonl or .yaml, sim:TASKS:N:SEED, or a benchmark's folder, such as tvbench:FOLDER[:TASKS][:N].",
     ),
 ]
 UnderPolicy = Annotated[
