@@ -54,12 +54,6 @@ class Pruned:
         found = [r for r in (self.pictures.get("curve"), self.evaluation) if r is not None]
         return [*found, *(r for name, r in self.pictures.items() if name != "curve"), self.trail]
 
-    def named(self) -> dict[str, Result]:
-        """The same by the names of their files: result.npz is the first."""
-        others = [n for n in self.pictures if n != "curve"]
-        names = [*(["curve", "evaluation"] if self.evaluation is not None else []), *others, "trail"]
-        return {f"{n}.npz": r for n, r in zip(["result", *names[1:]], self.results(), strict=True)}
-
 
 class BudgetSpec(Part):
     """A recipe's budget; see `lab.edges.Budget`."""
