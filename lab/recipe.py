@@ -44,6 +44,7 @@ from lab.yamlfile import as_yaml, parse_yaml, read_text
 
 SCHEMA_VERSION = 1
 ROOTS = ("lab", "probes", "figures")
+WRITTEN = ROOTS[:2]  # where the recipes are that people write; those of figures lie beside their figures
 # version -> function from plain data of that version to plain data of the next one
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 _KIND = re.compile(rf"({'|'.join(ROOTS)})(\.[A-Za-z]\w*)+")
@@ -350,7 +351,7 @@ def resolve(kind: str, where: str = "") -> type[Recipe]:
     module, _, name = kind.rpartition(".")
     if not _KIND.fullmatch(kind) or not module:
         raise ConfigError(
-            f"{where}{_short(kind)} is not a dotted path inside {' or '.join(ROOTS)}{_closest(kind)}"
+            f"{where}{_short(kind)} is not a dotted path inside {' or '.join(WRITTEN)}{_closest(kind)}"
         )
     try:
         found = getattr(importlib.import_module(module), name, None)
@@ -478,7 +479,7 @@ def _kinds_in(root: str, folder: Path) -> Iterator[str]:
 
 
 def _closest(kind: str) -> str:
-    known = known_kinds()
+    known = sorted(known_kinds(), key=lambda k: not k.startswith(WRITTEN))
     near = difflib.get_close_matches(kind, known, n=3, cutoff=0.3) or known[:3]
     return f"; closest: {', '.join(near)}" if near else "; no recipe kinds are installed"
 
