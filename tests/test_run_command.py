@@ -247,6 +247,9 @@ def test_a_note_cannot_name_files_outside_its_folder(capsys: Any, recipe: Path) 
     digest = recipes.sha256_of("outside.npz")
     Path("kept/run.json").write_text(json.dumps({**said, "files": {"../outside.npz": digest}, "results": ["../outside.npz"]}))  # fmt: skip
     assert "../outside.npz is gone" in vlab(capsys, "run", str(recipe), "--out", "kept", "--dry-run")[1]
+    Path("kept/run.json").write_text(json.dumps({**said, "results": ["../outside.npz"]}))
+    code, _, err = vlab(capsys, "run", str(recipe), "--out", "kept", "--dry-run")
+    assert code == 3 and "run.json is damaged" in err
 
 
 def test_an_interrupted_run_goes_on(capsys: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,8 +131,8 @@ def _said(path: Path) -> dict[str, Any] | None:
         return None
     try:
         data = json.loads(read_text(path))
-        if data["format"] != FORMAT or not isinstance(data["files"], dict) or not data["results"]:
-            raise ValueError(f"format {data['format']!r}")
+        if data["format"] != FORMAT or not data["results"] or not set(data["results"]) <= set(data["files"]):
+            raise ValueError(f"format {data['format']!r}, results {data['results']!r:.40}")
         return {k: data[k] for k in ("recipe", "kind", "with", "results", "files")}
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ConfigError(
