@@ -106,8 +106,12 @@ class PruneRecipe(Recipe):
         )  # fmt: skip
 
     def _load(self, spec: Any) -> list[Any]:
-        given = [s.model_dump(mode="json") for s in spec] if isinstance(spec, tuple) else spec
-        return list(load_items(given, base=self.folder))
+        return list(load_items(spec, base=self.folder))
+
+    def further(self, results: Sequence[Result], folder: Path) -> list[Path]:
+        """Writes the policy that was found."""
+        Policy.from_dict(results[-1].notes["policy"], "policy").save(folder / "policy.yaml")
+        return [folder / "policy.yaml"]
 
 
 def prune(

@@ -28,6 +28,8 @@ Exit codes:
 An error is one line. `--debug`, anywhere on the line, shows where it happened.
 """
 
+LONGEST = 2000  # characters of an error; names of a megabyte are cut
+
 app = typer.Typer(
     name="vlab", add_completion=False, no_args_is_help=True, rich_markup_mode=None, epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -164,8 +166,9 @@ def sweep(
         typer.Option(
             "--items",
             metavar="FILE",
-            help="Questions: .jsonl or .yaml, a TVBench or MVBench .json, or simulated ones: sim:TASKS:N:SEED "
-            "(sim:temporal:20 is the paper's five tasks).",
+            help="Questions: .jsonl or .yaml, a TVBench or MVBench .json, simulated ones: sim:TASKS:N:SEED "
+            "(sim:temporal:20 is the paper's five tasks), or a benchmark's folder: tvbench, mvbench, tomato or "
+            "tempcompass:FOLDER[:TASKS][:N].",
         ),
     ],
     video_root: Annotated[str | None, typer.Option("--video-root", metavar="FOLDER", help="Where a benchmark's videos lie.")] = None,
@@ -259,7 +262,7 @@ Items = Annotated[
     typer.Option(
         "--items",
         metavar="FILE",
-        help='Questions: .jsonl or .yaml, or a simulator task: \'{"sim": "moving_direction", "n": 8}\'.',
+        help="Questions: .jsonl or .yaml, sim:TASKS:N:SEED, or a benchmark's folder, such as tvbench:FOLDER[:TASKS][:N].",
     ),
 ]
 UnderPolicy = Annotated[
@@ -408,17 +411,38 @@ def attribute(
 @app.command("run", short_help="Carry out a recipe.")
 def rerun(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A recipe.yaml that a trace wrote, or your own.")
+        str, typer.Argument(metavar="RECIPE", help="A recipe.yaml that a command wrote, or your own.")
     ],
-    out: Annotated[
-        str | None, typer.Option("--out", metavar="FOLDER", help="Save results and report here.")
-    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value: items.n=4, model.dtype=bfloat16, pathways.0='video->last'; repeat for more.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="NAME", help="Another model.")] = None,
+    items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="Other questions, as in `vlab sweep`.")] = None,
+    device: Device = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="FOLDER", help="Save results and report here (default: out/ID, if no results lie beside the recipe).")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run it even if FOLDER holds its results.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Show the recipe and where its results would go; run nothing.")] = False,
     as_json: Json = False,
-) -> None:
-    """Carry out a recipe. If result.npz lies beside it, say how far the new numbers are from it."""
+) -> None:  # fmt: skip
+    """Carry out a recipe, with other values if you like. Can be interrupted; the same command goes on.
+
+    Results of the same recipe are used again if nothing has changed since. If result.npz lies beside the recipe, say how
+    far the numbers are from it.
+    """
     from lab.cli import rerunning
 
-    _finish(lambda: rerunning.rerun(recipe, out), as_json)
+    changes = rerunning.Changes(tuple(settings or ()), model, items, device)
+    _finish(lambda: rerunning.rerun(rerunning.Asked(recipe, changes, out, fresh, dry)), as_json)
+
+
+@app.command(short_help="The JSON Schema of recipes, for editors.")
+def schema(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="One kind, such as knockout (default: all).")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE", help="Write it here.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Print the JSON Schema of recipes: of one kind, or of all."""
+    from lab.cli import schemas
+
+    _finish(lambda: schemas.schema(kind, out), as_json)
 
 
 @app.command(short_help="Show what every position of the prompt is.")
@@ -576,7 +600,8 @@ def _explained(e: Exception, usage_error: type[Exception]) -> int:
 
 def _say(message: str, code: int) -> int:
     # names of files and questions come from anywhere: what would move the cursor is shown, not sent
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:LONGEST])
+    shown += "..." if len(message) > LONGEST else ""
     print(f"vlab: {shown}", file=sys.stderr)
     return code
 
