@@ -18,30 +18,24 @@ class Column:
     note: str = ""
 
 
-def answers_html(
-    choices: Sequence[str],
-    unit: str,
-    clean: Column,
-    edited: Column,
-    pinned: Sequence[Column],
-    right: int | None,
-) -> str:
-    """The table. A bar shows the probability; the choice that a run makes is bold; ✓ marks the right one."""
-    runs = [clean, edited, *pinned]
+def answers_html(choices: Sequence[str], unit: str, runs: Sequence[Column], right: int | None) -> str:
+    """The table of runs: the clean one, the edited one, pinned ones. A bar shows the probability; the choice that a run
+    makes is bold; ✓ marks the right one."""
     head = "".join(
         f"<th scope='col'>{_safe(r.name)}<br><span class='vl-note'>{_safe(r.note)}</span></th>" for r in runs
     )
-    rows = "".join(_row(i, name, clean, edited, runs, right) for i, name in enumerate(choices))
+    rows = "".join(_row(i, name, runs, right) for i, name in enumerate(choices))
     return (
-        f"<table><caption class='vl-note'>{_safe(unit)}</caption><thead><tr><th scope='col'>answer</th>{head}"
-        f"<th scope='col'>edited − clean</th></tr></thead><tbody>{rows}</tbody></table>"
+        f"<table><thead><tr><th scope='col'>{_safe(unit)}</th>{head}<th scope='col'>edited − clean</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>"
     )
 
 
-def _row(i: int, name: str, clean: Column, edited: Column, runs: Sequence[Column], right: int | None) -> str:
-    cells = "".join(_cell(r, i, 2 if r is edited else 1) for r in runs)
+def _row(i: int, name: str, runs: Sequence[Column], right: int | None) -> str:
+    cells = "".join(_cell(r, i, 1 + (n == 1)) for n, r in enumerate(runs))
+    change = 100 * (runs[1].p[i] - runs[0].p[i])
     mark = " ✓" if i == right else ""
-    return f"<tr><th scope='row'>{_safe(name)}{mark}</th>{cells}<td>{100 * (edited.p[i] - clean.p[i]):+.2f} points</td></tr>"
+    return f"<tr><th scope='row'>{_safe(name)}{mark}</th>{cells}<td>{change:+.2f} points</td></tr>"
 
 
 def _cell(run: Column, i: int, kind: int) -> str:

@@ -10,6 +10,7 @@ import re
 import threading
 import traceback
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class Explorer:
 
     def apply(self) -> None:
         """Answer under what the editor cuts; the newest Apply wins."""
-        self.worker.submit("apply", self._applied(self.policy))
+        self.worker.submit("apply", self._applied(self.policy, self.editor.grid.removed))
 
     def undo(self) -> None:
         """Take the editor's last step back."""
@@ -142,9 +143,7 @@ class Explorer:
 
     def pin(self, name: str = "") -> None:
         """Keep the edited answer as a column to compare with."""
-        pinned = Answered(
-            name or f"run {len(self.pinned) + 1}", self.edited.p, self.edited.policy, self.edited.seconds
-        )
+        pinned = replace(self.edited, name=name or f"run {len(self.pinned) + 1}")
         self.pinned.append(pinned)
         self.selection.set(run=pinned.name)
         self._show_answers()
@@ -212,10 +211,10 @@ class Explorer:
 
     # ---- jobs: pieces of work in the worker's thread --------------------------------------------------------------------
 
-    def _applied(self, policy: Policy) -> Job:
+    def _applied(self, policy: Policy, removed: int) -> Job:
         self.editor.widget().set_trait("busy", True)
         try:
-            self.edited = self.session.answer(policy, "edited")
+            self.edited = self.session.answer(policy, "edited", removed)
             self._clear_error()
             self._show_answers()
         finally:
@@ -282,14 +281,17 @@ class Explorer:
     # ---- what the screen says ---------------------------------------------------------------------------------------------
 
     def _show_answers(self) -> None:
-        s, grid = self.session, self.editor.grid
+        s, item = self.session, self.session.item
         runs = [
-            Column(a.name, a.p, f"{1000 * a.seconds:.0f} ms") for a in (self.clean, self.edited, *self.pinned)
+            Column(name, a.p, f"{a.removed:,} edges cut, {1000 * a.seconds:.0f} ms")
+            for name, a in [
+                ("clean", self.clean),
+                ("edited", self.edited),
+                *((a.name, a) for a in self.pinned),
+            ]
         ]
-        edited = Column("edited", runs[1].p, runs[1].note)
-        right = s.item.answer if s.item is not None and isinstance(s.item.answer, int) else None
-        unit = f"{s.choices.unit}; {grid.removed:,} of {grid.total:,} edges are cut in the editor"
-        self.panels.answers.value = answers_html(s.choices.names, unit, runs[0], edited, runs[2:], right)
+        right = item.answer if item is not None and isinstance(item.answer, int) else None
+        self.panels.answers.value = answers_html(s.choices.names, s.choices.unit, runs, right)
 
     def _chose_reader(self) -> None:
         """A column of the flow map was chosen: so is its pair in the editor."""

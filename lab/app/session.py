@@ -46,11 +46,15 @@ TEXTS = 24  # text tokens at the prompt's end whose lens is shown
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer: probability of every choice, and which edges were cut for it. seconds: how long it took."""
+    """An answer: probability of every choice, and the policy it was given under.
+
+    removed  edges that the policy cut, over all layers and heads; seconds: how long the answer took
+    """
 
     name: str
     p: tuple[float, ...]
     policy: Policy
+    removed: int = 0
     seconds: float = 0.0
 
     @property
@@ -192,13 +196,13 @@ class Session:
         """What can be answered."""
         return Choices.of(self.model, self.item, self.clean)
 
-    def answer(self, policy: Policy, name: str = "") -> Answered:
-        """The answer under a policy, from the stored clean run."""
+    def answer(self, policy: Policy, name: str, removed: int = 0) -> Answered:
+        """The answer under a policy, from the stored clean run. removed: how many edges that cuts."""
         with self.lock:
             choices, start = self.choices, time.perf_counter()
             cuts = policy_cuts(self.bound(policy))
             p = choices.p(self.run([cuts])[0] if cuts else self.clean)
-        return Answered(name or policy.id, p, policy, time.perf_counter() - start)
+        return Answered(name, p, policy, removed, time.perf_counter() - start)
 
     def run(self, cuts: Sequence[Cuts]) -> Tensor:
         """Logits at the last position of one cut run each, [cut, d_vocab]."""
