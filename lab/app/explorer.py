@@ -215,6 +215,7 @@ class Explorer:
         self.editor.widget().set_trait("busy", True)
         try:
             self.edited = self.session.answer(policy, "edited", removed)
+            self.clean = self.session.answer(Policy(cuts=()), "clean")  # the model may have changed meanwhile
             self._clear_error()
             self._show_answers()
         finally:
