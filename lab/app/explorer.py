@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lab.app import experiment
 from lab.app.answers_panel import Column, answers_html
-from lab.app.screen import FRAMES, LENS, NEEDED, NOTHING, OVERLAYS, SEGMENT, TOKEN, Panels, screen
+from lab.app.screen import FRAMES, LENS, NEEDED, NOTHING, OVERLAYS, SEGMENT, TOKEN, Panels, laid_out
 from lab.app.segments import blocked_of
 from lab.app.session import Answered, Session
 from lab.app.worker import Job, Worker
@@ -348,7 +348,7 @@ class Explorer:
         """The whole screen; always the same one."""
         if not hasattr(self, "_screen"):
             v = (self.strip, self.editor, self.lens, self.depth, self.flow, self.trace)
-            self._screen = screen(self.session.item, self.panels, *(view.widget() for view in v))
+            self._screen = laid_out(self.session.item, self.panels, *(view.widget() for view in v))
         return self._screen
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
