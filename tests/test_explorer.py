@@ -135,6 +135,7 @@ def test_a_saved_experiment_reopens_exactly_and_runs_to_the_same_numbers(ex, mod
     ex.editor.brush((2, 4), [0, 2])
     ex.editor.paint([(16, 10), (5, 5)])
     ex.selection.set(frame=3, patch=(1, 2), layer=5)
+    ex.worker.stop("flow")
     ex.cut_from(TOKEN)
     ex.show(LENS)
     ex.apply()
@@ -226,7 +227,8 @@ def test_a_click_on_a_patch_moves_lens_and_flow(ex) -> None:
 
 def test_the_numbers_of_a_flow_are_single_knock_outs(session, model) -> None:
     for alone in (True, False):
-        paths = session.from_token(56, alone=alone)
+        every = session.from_token(56, alone=alone)
+        paths = {n: every[n] for n in (next(iter(every)), "option:3", "last")}
         parts = list(session.traced(paths, "x"))
         values = parts[-1].values
         assert np.isnan(parts[0].values).any() and not np.isnan(values).any() and parts[-1].notes["done"] == 1
@@ -405,6 +407,13 @@ def test_a_changed_model_is_run_anew(model, item) -> None:
 def test_what_cannot_be_explored_is_refused(model, wrong) -> None:
     with pytest.raises(UsageError, match="VideoQA"):
         lab.explore(model, wrong)
+
+
+def test_what_cannot_be_run_from_a_store_says_why(model, item) -> None:
+    from lab.mechanisms.mixture_of_depths import MixtureOfDepths
+
+    with pytest.raises(UsageError, match="stored clean run, and here a mechanism takes detours"):
+        lab.explore(model, model.prepare(item, 8, mechanisms=[MixtureOfDepths.layer_skip()]))
 
 
 # ---- the worker -------------------------------------------------------------------------------------------------------

@@ -351,6 +351,11 @@ class Explorer:
             self._screen = laid_out(self.session.item, self.panels, *(view.widget() for view in v))
         return self._screen
 
+    def __repr__(self) -> str:
+        item, grid = self.session.item, self.editor.grid
+        about = repr(item.question) if item is not None else "a prompt of your own"
+        return f"<Explorer of {about}: {grid.removed:,} of {grid.total:,} edges cut>"
+
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.widget()._repr_mimebundle_(**kwargs)
 

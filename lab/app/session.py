@@ -76,7 +76,10 @@ class _Clean:
 
 
 class Session:
-    """A model and an item. item: a VideoQA, or a Ready of one world. Raises UsageError for anything else."""
+    """A model and an item. item: a VideoQA, or a Ready of one world.
+
+    Raises UsageError for anything else, and for what cannot be run from a stored clean run (`Store.reason`).
+    """
 
     def __init__(self, model: Any, item: Any, *, n_frames: int = 8) -> None:
         if not isinstance(item, VideoQA | Ready):
@@ -89,6 +92,11 @@ class Session:
             raise UsageError(f"explore takes one world, got {self.ready.n_worlds}; prepare them one by one")
         self.lock = LOCKS.setdefault(model, threading.RLock())
         self._made: _Clean | None = None
+        if self.store.reason:
+            raise UsageError(
+                f"the explorer works from one stored clean run, and here {self.store.reason}; use probes.knockout and "
+                "probes.lens, which run the model in full"
+            )
 
     # ---- the prompt -------------------------------------------------------------------------------------------------
 
