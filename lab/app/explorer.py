@@ -250,7 +250,7 @@ class Explorer:
         s = self.session
         for found in s.traced(
             s.frames_out(),
-            "effect of each frame: nobody after it reads it (exact knock-out, all layers)",
+            "effect of each frame: nobody after it reads it (exact knock-out in all layers; below 0: the answer loses)",
             whole=True,
         ):
             self.strip.show(s.on_frames(s.by_frame(found.values[0]), found.unit, found.name))
@@ -259,14 +259,12 @@ class Explorer:
     def _flowed(self, token: int) -> Job:
         s, alone = self.session, self.source == TOKEN
         what = f"{s.label(token)} alone" if alone else s.labels[s.names.index(s.segment_of(token))]
-        name = (
-            f"{what} not read by each segment, in {s.window} layers round each (exact knock-out, clean run)"
-        )
+        name = f"{what} not read by each segment, in {s.window} layers round each (exact knock-out of the clean run; below 0: the answer loses)"
         yield from self._filling(self.flow, s.traced(s.from_token(token, alone=alone), name))
 
     def _traced(self) -> Job:
         s = self.session
-        name = f"All pathways, each cut in {s.window} layers round each (exact knock-out, clean run)"
+        name = f"All pathways, each cut in {s.window} layers round each (exact knock-out of the clean run; below 0: the answer loses)"
         for self.traced in s.traced(s.usual(), name):
             self.trace.show(self.traced)
             self.panels.top.progress = self.traced.notes["done"]

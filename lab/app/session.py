@@ -257,7 +257,7 @@ class Session:
     @property
     def effect_unit(self) -> str:
         """What `effect` is, with its sign."""
-        return f"change in the log-odds of {self.choices.names[self.said]!r} (nats; below 0: it loses)"
+        return f"change in log-odds of {self.choices.names[self.said]} (nats)"
 
     # ---- what is asked ------------------------------------------------------------------------------------------------
 
@@ -275,9 +275,14 @@ class Session:
         axes = ("layer", "frame", "row", "col")
         coords = {a: list(range(n)) for a, n in zip(axes, values.shape, strict=True)}
         coords["layer"] = [i + 1 for i in coords["layer"]]
-        share = "share of a frame's tokens whose output can still reach the answer"
+        share = "share of tokens needed"
         return Result(
-            values, axes, coords, share, {}, "Efficiency: tokens that a layer must compute under this policy"
+            values,
+            axes,
+            coords,
+            share,
+            {},
+            "Efficiency: tokens whose output in a layer can still reach the answer",
         )
 
     @torch.no_grad()
