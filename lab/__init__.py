@@ -31,12 +31,14 @@ _SURFACE = {
     "errors": ("lab.errors", ""),
     "edges": ("lab.edges", ""),
     "apply": ("lab.edges.applying", "apply"),
+    "compare": ("lab.comparison", "compare"),
 }
 
 if TYPE_CHECKING:
     from lab import edges, errors
     from lab.carriers import Frames, TokenMap, VideoQA
     from lab.cli.versions import about
+    from lab.comparison import compare
     from lab.edges.applying import apply
     from lab.items import load_items
     from lab.model.videollm import VideoLLM
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "about",
     "apply",
+    "compare",
     "edges",
     "errors",
     "load",
