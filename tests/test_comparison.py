@@ -11,7 +11,6 @@ from lab.comparison import Report, compare
 from lab.comparison.alike import cka
 from lab.comparison.costing import costs, rows_of
 from lab.comparison.flow import centre, pairs
-from lab.comparison.results import wilson
 from lab.comparison.traces import shared, trace
 from lab.comparison.variants import Variant, named_mechanisms, variants_of
 from lab.edges.mass import segment_mass
@@ -196,9 +195,6 @@ def test_cka_by_hand():
 
 def test_small_numbers_by_hand():
     assert centre(np.array([0.0, -2.0, 2.0, 0.0])) == 2.5 and np.isnan(centre(np.zeros(3)))
-    low, high = wilson(8, 10)
-    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
-    assert np.isnan(wilson(0, 0)).all()
 
 
 # ---- controls -------------------------------------------------------------------------------------------------------

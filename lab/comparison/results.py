@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lab.bench.measuring import wilson
 from lab.carriers import VideoQA
 from lab.comparison.costing import QUANTITIES, SOURCES, Numbers
 from lab.comparison.flow import centre, pairs
@@ -106,15 +106,6 @@ def _accuracy(f: Found, right: NDArray[Any]) -> Result:
     low, high = (np.array([e[i] for e in ends]) for i in (0, 1))
     name = f"Accuracy over {int(n.max(initial=0))} questions, with 95 % Wilson intervals"
     return f.result(share, ("variant",), "share of right answers", name, low=low, high=high)
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share."""
-    if not n:
-        return NAN, NAN
-    z, p = 1.959964, right / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def _likeness(f: Found) -> dict[str, Result]:
