@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from lab.errors import ConfigError, ModelError, UsageError
-from lab.learn.mod import Learner, Variant, accuracy, learn_score, lessons, main, train
+from lab.learn.mod import (
+    Learner,
+    Variant,
+    accuracy,
+    batched,
+    held_out,
+    learn_score,
+    lessons,
+    main,
+    report,
+    train,
+)
 from lab.learn.sft import Batch, score
 from lab.learn.tiny_data import Batches, Prompts
 from lab.mechanisms import plain, trained_with
@@ -192,6 +203,18 @@ def test_lessons_are_the_recipes_last_stage() -> None:
     drawn: Any = lessons(Prompts(tiny().need_tokenizer()), 0)(3)
     first = drawn[0] if isinstance(drawn, list) else drawn
     assert isinstance(first, Batch) and "letter" in first.groups
+
+
+@pytest.mark.parametrize("selector", ["learned", "random", "attention"])
+def test_accuracy_in_batches_is_that_of_single_questions(selector: Any) -> None:
+    task = "object_count"
+    items, clips = held_out([task], 7, 3)[task]
+    m = MixtureOfDepths(keep=0.2, selector=selector, seed=2)
+    want = accuracy(tiny(), items, [m])
+    assert 0 < want < 1 and batched(tiny(), items, clips, [m], size=3) == want
+    assert report(tiny(), [m], {task: (items, clips)}) == {task: round(want, 4)}
+    with pytest.raises(UsageError, match="no items"):
+        batched(tiny(), [], clips)
 
 
 def test_accuracy_needs_items() -> None:
