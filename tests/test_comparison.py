@@ -296,10 +296,10 @@ def test_saved_loaded_and_shown(report, tmp_path):
 
 
 def test_the_command_line_and_its_recipe(tmp_path, capsys):
-    line = ["compare", "--items", "sim:moving_direction:1:3", "--mechanism", "differential_token_drop:ratio=0.5", "--rounds", "0",
+    line = ["compare", "--items", "sim:moving_direction:1:3", "--mechanism", "half=differential_token_drop:ratio=0.5", "--rounds", "0",
             "--no-controls", "--out", str(tmp_path / "a")]  # fmt: skip
     assert main(line) == 0
-    assert "differential_token_drop:ratio=0.5" in capsys.readouterr().out
+    assert "half: " in capsys.readouterr().out
     first = Report.load(tmp_path / "a")
     assert main(["run", str(tmp_path / "a/recipe.yaml"), "--out", str(tmp_path / "b")]) == 0
     second = Report.load(tmp_path / "b")

@@ -22,7 +22,7 @@ def compare(
     items: str, mechanisms: Sequence[str], variants: Sequence[str], setting: Setting, out: str, more: Mapping[str, Any]
 ) -> Reply:  # fmt: skip
     """Report and data in a folder. Raises UsageError for unknown mechanisms and settings."""
-    asked = {text: described(text) for text in mechanisms}
+    asked = {label: described(text) for label, text in map(_labelled, mechanisms)}
     if not asked and not variants:
         raise UsageError("nothing to compare: give --mechanism, e.g. --mechanism mixture_of_depths")
     source = source_of(items)
@@ -30,7 +30,10 @@ def compare(
     from lab.recipe import ModelSpec
 
     model = setting.load()
-    others = {v: checked(ModelSpec, name=v, device=setting.device or "auto", dtype=setting.dtype or "auto") for v in variants}  # fmt: skip
+    others = {
+        label: checked(ModelSpec, name=name, device=setting.device or "auto", dtype=setting.dtype or "auto")
+        for label, name in map(_labelled, variants)
+    }
     recipe = checked(
         CompareRecipe, model=ModelSpec(**(model.spec or {})), mechanisms=asked, items=source, n_frames=setting.frames or 8,
         variants=others, **more,
@@ -40,6 +43,12 @@ def compare(
     files = [str(f) for f in report.save(folder)]
     data = {"recipe": recipe.id, "variants": report.variants, "words": report.words(), "accuracy": _accuracy(report), "files": files}  # fmt: skip
     return Reply(data, "\n".join([_table(report), "", *report.words(), "", f"{folder / 'report.html'} and {len(files) - 1} files of data"]))  # fmt: skip
+
+
+def _labelled(text: str) -> tuple[str, str]:
+    """LABEL=WHAT, or WHAT, which is then its own label."""
+    label, equals, what = text.partition("=")
+    return (label.strip(), what) if equals and ":" not in label else (text, text)
 
 
 def described(text: str) -> tuple[dict[str, Any], ...]:

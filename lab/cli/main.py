@@ -205,7 +205,7 @@ def sweep(
 @app.command(short_help="Switch mechanisms on, and compare what happens inside.")
 def compare(
     items: Annotated[str, typer.Option("--items", metavar="FILE", help="Questions: .jsonl or .yaml, a TVBench or MVBench .json, or simulated ones: sim:TASKS:N:SEED.")],
-    mechanism: Annotated[list[str] | None, typer.Option("--mechanism", metavar="NAME", help="A file of lab.mechanisms, e.g. differential_token_drop, its settings after a colon: mixture_of_depths:keep=0.2; several at once with +. Repeat for more.")] = None,
+    mechanism: Annotated[list[str] | None, typer.Option("--mechanism", metavar="NAME", help="A file of lab.mechanisms, e.g. differential_token_drop, its settings after a colon: mixture_of_depths:keep=0.2; several at once with +; LABEL=NAME gives it a name in the report. Repeat for more.")] = None,
     variant: Annotated[list[str] | None, typer.Option("--variant", metavar="MODEL", help="Another model of the same shape, with what it was trained with: tiny-mod. Repeat for more.")] = None,
     model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None, window: Window = None,
     controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Also random choices of the same budget.")] = True,
