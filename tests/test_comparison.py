@@ -184,6 +184,16 @@ def test_attention_mass_adds_up_and_is_the_segments(small, report):
     assert mass[names.index("own frame->video")] == pytest.approx(own.numpy(), abs=1e-6)
 
 
+def test_attention_to_tokens_of_the_whole_video_is_attention_to_video(small):
+    """Global tokens belong to no frame: they are not a frame's own, and what a frame gives them is not lost."""
+    found = asked(small, {"m": SegmentMerging(n_segments=2, keep=8, n_global=2)})["mass"]
+    mass, names = found.select(variant="m").values[0], pairs()
+    for query in ("video", "question", "last"):
+        total = sum(np.nan_to_num(mass[i]) for i, n in enumerate(names) if n.endswith(f"->{query}"))
+        assert total == pytest.approx(1, abs=1e-5)
+    assert (mass[names.index("earlier frames->video")] > 0.05).all()
+
+
 def test_cka_by_hand():
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     q, _ = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))

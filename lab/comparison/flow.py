@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lab.carriers import TokenMap
-from lab.edges.mass import partition, segment_mass
+from lab.edges.mass import segment_mass
 from lab.edges.pathways import cut_mask
 from lab.edges.sweeping import sweep
 from lab.errors import LabWarning, UsageError
@@ -20,6 +20,7 @@ from lab.model.ready import Ready
 
 OWN, EARLIER = "own frame", "earlier frames"
 READERS = ("video", "question", "option", "last")
+KEYS = {EARLIER: "video"}
 SOURCES = (OWN, EARLIER, "video", "question", "option", "other text", "last")
 
 
@@ -35,44 +36,35 @@ def _before(key: str, query: str) -> bool:
 
 
 def mass(model: Any, ready: Ready) -> NDArray[Any]:
-    """[layer, pair]: share of their attention that the queries of a pair give to its keys, mean over rows and heads."""
-    found = segment_mass(model, ready, partition(model.maps(ready)[0]))
-    of = [_group(name) for name in found.names]
-    out = [_pair(found, of, *pair.split("->")) for pair in pairs()]
+    """[layer, pair]: share of their attention that the queries of a pair give to its keys, mean over rows and heads.
+
+    Video queries are those of a frame; tokens of no frame (means over the video) are read as video, but not asked.
+    """
+    tokens = model.maps(ready)[0]
+    video = tokens.where(role="frame")
+    frames = [f"frame:{n}" for n in tokens.frame[video].unique().tolist() if n >= 0]
+    roles = [r for r in dict.fromkeys(tokens.roles()) if r != "pad"]
+    found = segment_mass(model, ready, [*frames, *roles])
+    given = found.sums.mean(1).nan_to_num(0.0)  # [layer, query, key]
+    own = range(len(frames))
+    keys = {name: [len(own) + i for i, r in enumerate(roles) if _group(r) == name] for name in SOURCES[2:]}
+    out: list[Tensor] = []
+    for key, query in (pair.split("->") for pair in pairs()):
+        rows = list(own) if query == "video" else keys[query]
+        part = (
+            given[:, own, own].sum(1)
+            if key == OWN
+            else given[:, rows][:, :, keys[KEYS.get(key, key)]].sum((1, 2))
+        )
+        if key == EARLIER:
+            part = part - given[:, own, own].sum(1)
+        out.append(part / found.n_ran[:, rows].sum(1).double())
     return torch.stack(out, 1).numpy()
 
 
-def _group(segment: str) -> str:
-    role, colon, _ = segment.partition(":")
-    known = {
-        "frame": segment if colon else "video",
-        "option": "option",
-        "question": "question",
-        "last": "last",
-    }
+def _group(role: str) -> str:
+    known = {"frame": "video", "option": "option", "question": "question", "last": "last"}
     return known.get(role, "other text")
-
-
-def _pair(found: Any, of: Sequence[str], key: str, query: str) -> Tensor:
-    """[layer]: nan where no layer ran a row of the queries."""
-    queries = [i for i, g in enumerate(of) if _is(g, query)]
-    total = torch.zeros(found.sums.shape[0], dtype=torch.float64)
-    for i in queries:
-        keys = [j for j, g in enumerate(of) if _reads(of[i], g, key, i, j)]
-        total += found.sums[:, :, i][:, :, keys].nan_to_num(0.0).sum(-1).mean(1)
-    return total / found.n_ran[:, queries].sum(1).double()
-
-
-def _is(group: str, name: str) -> bool:
-    return group == name or (name == "video" and group.startswith("frame:"))
-
-
-def _reads(query: str, group: str, key: str, i: int, j: int) -> bool:
-    if key == OWN:
-        return i == j
-    if key == EARLIER:
-        return _is(group, "video") and i != j
-    return _is(group, key)
 
 
 # ---- knock-outs -----------------------------------------------------------------------------------------------------
