@@ -18,7 +18,6 @@ Targets: FLOPs <= 0.62, keys and values <= 0.62, forward time <= 0.75 of vanilla
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lab.bench import models
-from lab.bench.measuring import counted_flops, median_ratio, paired, peak_bytes, setting, write
+from lab.bench.measuring import clock_of, counted_flops, median_ratio, paired, peak_bytes, setting, write
 from lab.mechanisms.mixture_of_depths import MixtureOfDepths
 from lab.model import lowrank
 from lab.model.cache import KVCache
@@ -136,18 +135,6 @@ def training(
         "peak_bytes": peaks, "peak_ratio": peaks["mod"] / peaks["vanilla"], "weights_bytes": weights,
         "whole_ratio": whole["mod"] / whole["vanilla"],
     }  # fmt: skip
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """CPU seconds of the process; on a GPU, seconds with the device done."""
-    if device.type != "cuda":
-        return time.process_time
-
-    def clock() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
 
 
 def reading(

@@ -92,6 +92,18 @@ def paired(
     return seconds
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """CPU seconds of the process; on a GPU, seconds with the device done."""
+    if device.type != "cuda":
+        return time.process_time
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
 def median_ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> float:
     """Median over rounds of the ratio between two works of the same round."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))

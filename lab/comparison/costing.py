@@ -10,14 +10,13 @@ Predicted time is vanilla's measured time in proportion to FLOPs. The tower, the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lab.bench.measuring import counted_flops, paired, peak_bytes
+from lab.bench.measuring import clock_of, counted_flops, paired, peak_bytes
 from lab.carriers import TokenMap
 from lab.comparison.traces import trace
 from lab.comparison.variants import Variant
@@ -43,7 +42,7 @@ def costs(variants: Sequence[Variant], ready: Mapping[str, Ready], rounds: int) 
     """Of every variant, over one question. Times are medians over rounds in which all variants run once."""
     works = {v.name: _work(v, ready[v.name]) for v in variants}
     device = variants[0].model.device
-    seconds = paired(works, pairs=rounds, warm=1, clock=_clock(device))
+    seconds = paired(works, pairs=rounds, warm=1, clock=clock_of(device))
     measured = {
         v.name: [
             float(counted_flops(works[v.name])), float(trace(v.model, ready[v.name]).kv_bytes),
@@ -63,18 +62,6 @@ def _work(v: Variant, ready: Ready) -> Callable[[], Any]:
     v.model.see(ready)
     extra = [] if ready.plan.cache is not None else [_Stored()]
     return lambda: v.model.run(ready, mechanisms=extra)
-
-
-def _clock(device: torch.device) -> Callable[[], float]:
-    """CPU seconds of the process; on a GPU, seconds with the device done."""
-    if device.type != "cuda":
-        return time.process_time
-
-    def clock() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
 
 
 # ---- formulas -------------------------------------------------------------------------------------------------------
