@@ -62,6 +62,8 @@ def test_a_delta_learns_and_comes_off(tiny, tmp_path):
     losses = [json.loads(line)["loss"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
     assert how["steps"] == 20 and sum(losses[-3:]) < 0.6 * sum(losses[:3])
     assert all(torch.equal(p, kept[n]) for n, p in tiny.hf.named_parameters()) and len(delta) > 10
+    _, more = train(tiny, CONFIG, tmp_path, steps=22, batch=2, rank=8, check=1, resume=True)
+    assert more["steps"] == 22 and len((tmp_path / "losses.jsonl").read_text().splitlines()) == 22
     with pytest.raises(UsageError, match="steps must be at least 1"):
         train(tiny, CONFIG, tmp_path, steps=0)
 

@@ -74,13 +74,15 @@ class Narrator(nn.Module):
         self.added = nn.ModuleDict({name.replace(".", "/"): m for name, m in added.items()})
 
 
-def lesson_loss(config: Streaming, narrator: Narrator, lesson: Lesson) -> tuple[Tensor, dict[str, float]]:
-    """LIVE's loss of one conversation, and shares of frames and words that are predicted right."""
+def lesson_loss(
+    config: Streaming, w: float, narrator: Narrator, lesson: Lesson
+) -> tuple[Tensor, dict[str, float]]:
+    """LIVE's loss of one conversation (frames weighed by `w`), and shares of frames and words that are predicted right."""
     (model,), (item, script) = narrator.held, lesson
     ready = model.prepare(item, index=range(len(item.state)))
     out = model.run(ready, read="all", mechanisms=[Scripted(tuple(script), config, end_text(model))])
     wanted = targets(out.maps[0], script, silent_id(model, config))
-    loss, right = live_loss(out.logits[0], wanted), out.logits[0].argmax(-1) == wanted.labels
+    loss, right = live_loss(out.logits[0], wanted, w=w), out.logits[0].argmax(-1) == wanted.labels
     said = (wanted.labels >= 0) & ~wanted.at_frame
     return loss, {"frame_acc": float(right[wanted.at_frame].float().mean()), "word_acc": float(right[said].float().mean())}  # fmt: skip
 
@@ -112,7 +114,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def train(
     model: VideoLLM, config: Streaming, out: str | Path, *, steps: int, batch: int = 4, peak: float = 1e-3, rank: int = 16,
-    seed: int = 0, check: int = 8, resume: bool = False,
+    w: float = 1.0, seed: int = 0, check: int = 8, resume: bool = False,
 ) -> tuple[lowrank.Delta, dict[str, Any]]:  # fmt: skip
     """Train a delta of the decoder; the model is afterwards as it was. Returns the delta and how it was trained."""
     if steps < 1:
@@ -125,14 +127,14 @@ def train(
 
     with lowrank.learning(model.lm, rank, seed=seed) as added, torch.enable_grad():
         trainer = Trainer(
-            Narrator(model, added), [stage], out, check=scores, loss=partial(lesson_loss, config)
+            Narrator(model, added), [stage], out, check=scores, loss=partial(lesson_loss, config, w)
         )
         if resume:
             trainer.resume()
         trainer.run()
         delta = lowrank.taken(added)
     done = trainer.progress
-    return delta, {"steps": done.step, "seconds": round(done.seconds), "batch": batch, "rank": rank, "peak": peak, "seed": seed}  # fmt: skip
+    return delta, {"steps": done.step, "seconds": round(done.seconds), "batch": batch, "rank": rank, "peak": peak, "w": w, "seed": seed}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--peak", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--w", type=float, default=1.0, help="weight of frames in the loss (the paper's 1)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the delta")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", type=int, default=8, help="held-out clips per task on the way")
@@ -165,7 +168,7 @@ def _train(args: argparse.Namespace) -> None:
     with torch.no_grad():
         before = measured(model, config, args.check, 777)
     delta, how = train(
-        model, config, args.out, steps=args.steps, batch=args.batch, peak=args.peak, rank=args.rank, seed=args.seed,
+        model, config, args.out, steps=args.steps, batch=args.batch, peak=args.peak, rank=args.rank, w=args.w, seed=args.seed,
         check=args.check, resume=args.resume,
     )  # fmt: skip
     with lowrank.applied(model.lm, delta), torch.no_grad():
