@@ -32,6 +32,7 @@ _SURFACE = {
     "edges": ("lab.edges", ""),
     "apply": ("lab.edges.applying", "apply"),
     "explore": ("lab.app.explorer", "explore"),
+    "compare": ("lab.comparison", "compare"),
 }
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from lab.app.explorer import explore
     from lab.carriers import Frames, TokenMap, VideoQA
     from lab.cli.versions import about
+    from lab.comparison import compare
     from lab.edges.applying import apply
     from lab.items import load_items
     from lab.model.videollm import VideoLLM
@@ -56,6 +58,7 @@ __all__ = [
     "__version__",
     "about",
     "apply",
+    "compare",
     "edges",
     "errors",
     "explore",

@@ -15,6 +15,8 @@ option   answer option of a multiple-choice question, 0-based.
 window   centre layer of an attention knockout.
 metric   what a sweep reads of a run: see lab.edges.metrics. task: the benchmark's task an item belongs to.
 key_frame, query_frame   frame that is read, frame that reads, of attention edges. 0-based.
+variant  one of the ways to run that a comparison sets side by side, vanilla first. group: tokens that are compared
+         together; pair: groups that attention goes between, "keys->queries".
 first, last   first and last layer cut, where every range of layers is (1-based).
 """
 

@@ -244,6 +244,8 @@ class TokenMap:
     source   for video tokens: the id in the original VideoGrid, else -1
     parts    where merged video tokens come from, as in VideoGrid; zeros for text. None: every token is its `source` alone
     n_layers, n_heads   of the model the prompt was prepared for; None if made for none
+    ahead    mechanisms that will still drop, merge or lay out anew before the decoder reads: this is not its map
+             (`model.maps(ready)` is)
     """
 
     ids: Int[Tensor, " pos"]
@@ -261,6 +263,7 @@ class TokenMap:
     n_layers: int | None = None
     n_heads: int | None = None
     parts: Float[Tensor, "pos original"] | None = None
+    ahead: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -377,7 +380,7 @@ class TokenMap:
 
     @classmethod
     def _per_position(cls) -> list[str]:
-        return [f.name for f in fields(cls) if f.name not in ("n_layers", "n_heads", "parts")]
+        return [f.name for f in fields(cls) if f.name not in ("n_layers", "n_heads", "parts", "ahead")]
 
 
 def _role_codes(role: str | Sequence[str]) -> list[int]:

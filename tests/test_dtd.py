@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lab.carriers import Frames
-from lab.errors import RunError, UsageError
+from lab.edges.policy import Policy
+from lab.errors import LabWarning, RunError, UsageError
 from lab.mechanisms.differential_token_drop import (
     EXAMPLE,
     NEUTRAL,
@@ -363,3 +364,16 @@ def test_the_example_drops_something_and_roles_stay(small):
         set(tokens.role.tolist()) == set(ready.tokens.role.tolist())
         and ROLES.index("frame") in tokens.role.tolist()
     )
+
+
+def test_counts_of_the_map_before_a_drop_are_warned_of(small):
+    ready = small.prepare(question(), mechanisms=[DifferentialTokenDrop(ratio=0.5)])
+    policy = Policy.from_dict(
+        {"format": "edge-policy/1", "cuts": [{"layers": "all", "q": "last", "k": "video"}]}
+    )
+    with pytest.warns(LabWarning, match="before DifferentialTokenDrop"):
+        before = policy.count(ready.tokens)
+    read = small.maps(ready)[0]
+    now = policy.count(read)
+    assert read.ahead == () and now.n_pos == len(read) < before.n_pos
+    assert policy.count(small.prepare(question()).tokens).n_pos == before.n_pos

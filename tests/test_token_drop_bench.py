@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from figures.fig_kept_tokens import MECHANISMS, curves, painted
-from lab.bench.token_drop import RandomDrop, accuracy, seconds, table, variants, wilson
+from lab.bench.measuring import wilson
+from lab.bench.token_drop import accuracy, seconds, table, variants
+from lab.mechanisms.differential_token_drop import DifferentialTokenDrop
 from lab.model.zoo import load
 from tests.shelf_models import model, question
 
@@ -23,8 +25,9 @@ def test_the_random_control_has_the_same_budget():
     assert (
         n["feature, per frame"] == n["feature"] + 5
     )  # int(16 * 0.8) in each of 7 frames, not int(112 * 0.8)
-    one, two = (small.maps(ready, mechanisms=[RandomDrop(0.8, s)])[0].source.tolist() for s in (0, 1))
-    assert one != two and one == small.maps(ready, mechanisms=[RandomDrop(0.8, 0)])[0].source.tolist()
+    drop = DifferentialTokenDrop(ratio=0.8)
+    one, again, two = (small.maps(ready, mechanisms=[drop.control(s)])[0].source.tolist() for s in (0, 0, 1))
+    assert one == again != two
 
 
 def test_the_bench_on_tiny():

@@ -18,19 +18,17 @@ Targets: FLOPs <= 0.62, keys and values <= 0.62, forward time <= 0.75 of vanilla
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from lab.bench import models
-from lab.bench.measuring import median_ratio, paired, peak_bytes, setting, write
-from lab.learn import lowrank
+from lab.bench.measuring import clock_of, counted_flops, median_ratio, paired, peak_bytes, setting, write
 from lab.mechanisms.mixture_of_depths import MixtureOfDepths
+from lab.model import lowrank
 from lab.model.cache import KVCache
 from lab.model.ready import Ready
 from lab.model.run import Run
@@ -59,13 +57,6 @@ def layer_flops(shape: models.Shape, n: int) -> float:
     d_kv = shape.kv_heads * shape.d // shape.heads
     matrices = 2 * n * shape.d * (2 * shape.d + 2 * d_kv) + 6 * n * shape.d * shape.mlp
     return matrices + 4 * n * (n / 2) * shape.d
-
-
-def counted_flops(work: Callable[[], Any]) -> int:
-    """FLOPs torch counts during `work` (attention as its kernel is counted: all pairs, masked or not)."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def counts(model: VideoLLM, shape: models.Shape, ready: Ready, m: MixtureOfDepths) -> dict[str, Any]:
@@ -144,18 +135,6 @@ def training(
         "peak_bytes": peaks, "peak_ratio": peaks["mod"] / peaks["vanilla"], "weights_bytes": weights,
         "whole_ratio": whole["mod"] / whole["vanilla"],
     }  # fmt: skip
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """CPU seconds of the process; on a GPU, seconds with the device done."""
-    if device.type != "cuda":
-        return time.process_time
-
-    def clock() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
 
 
 def reading(

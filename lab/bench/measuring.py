@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 PACKAGES = ("torch", "transformers", "transformer-lens", "accelerate", "numpy")
 
@@ -40,6 +42,22 @@ def peak_bytes(work: Callable[[], Any], device: torch.device | str = "cpu") -> i
         kept = work()
     del kept
     return _peak(profile)
+
+
+def counted_flops(work: Callable[[], Any]) -> int:
+    """FLOPs torch counts during `work` (attention over all pairs, masked or not, whichever kernel ran).
+
+    Without our entry torch counts nothing for the kernel that attention takes on a CPU.
+    """
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={cpu: _attention_flops}) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kw: Any) -> int:
+    """torch hands over shapes in place of tensors."""
+    return sdpa_flop_count(q, k, v)
 
 
 def _peak(profile: Any) -> int:
@@ -72,6 +90,18 @@ def paired(
             if round_ >= 0:
                 seconds[name].append(taken)
     return seconds
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """CPU seconds of the process; on a GPU, seconds with the device done."""
+    if device.type != "cuda":
+        return time.process_time
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
 
 
 def median_ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> float:
@@ -112,3 +142,12 @@ def write(path: str | Path | None, content: Mapping[str, Any]) -> None:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text, encoding="utf-8")
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson); 0..1 of nothing."""
+    if not n:
+        return 0.0, 1.0
+    z, p = 1.959964, right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)

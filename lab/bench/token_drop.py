@@ -4,7 +4,7 @@
 
 The clips have no noise, no camera, and a background that stands still, so that most of a frame repeats the one before.
 Every variant answers the same questions: the model as it is, DTD at a target share of the compared tokens (features or
-pixels, positions kept or closed up), and as many tokens dropped at random from the same frames (the first kept whole, as
+pixels, positions kept or closed up), and its control: as many tokens dropped at random (the first frame kept whole, as
 DTD keeps it). Accuracies have 95 % Wilson intervals; `flips` counts answers that differ from the model as it is. Time is
 CPU time of one decoder forward, tower left out, in alternating rounds, also on clips of more frames, where the tokens count.
 """
@@ -12,43 +12,19 @@ CPU time of one decoder forward, tower left out, in alternating rounds, also on 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from lab.bench.measuring import median_ratio, paired, setting, write
-from lab.carriers import Frames, VideoQA, VisionTokens
+from lab.bench.measuring import median_ratio, paired, setting, wilson, write
+from lab.carriers import VideoQA
 from lab.mechanisms.differential_token_drop import DifferentialTokenDrop
 from lab.model.ready import Ready
 from lab.model.zoo import load, weights_hash
 from lab.sim.tasks import TEMPORAL, draw_items
-from lab.slots import ModelSizes, Plan
-
-
-@dataclass(frozen=True)
-class RandomDrop:
-    """The control: the same share of all frames but the first, drawn anew for every question."""
-
-    ratio: float
-    seed: int = 0
-
-    def plan(self, cfg: ModelSizes) -> Plan:
-        """One Stage."""
-        return Plan(stages=(self,))
-
-    def __call__(self, frames: Frames, vision: VisionTokens | None, query: str) -> VisionTokens:
-        assert vision is not None
-        free = (vision.grid.frame > 0).nonzero().squeeze(1)
-        # drawn from the video itself, so that the same question always meets the same draw
-        g = torch.Generator().manual_seed(int(frames.pixels.long().sum()) % (1 << 30) + self.seed)
-        gone = free[torch.randperm(len(free), generator=g)[: int(self.ratio * len(free))]]
-        keep = torch.ones(len(vision), dtype=torch.bool)
-        keep[gone] = False
-        return vision[keep.nonzero().squeeze(1)]
 
 
 def variants(ratio: float) -> dict[str, Any]:
@@ -60,17 +36,8 @@ def variants(ratio: float) -> dict[str, Any]:
         "feature, compact": replace(drop, positions="compact"),
         "feature, per frame": replace(drop, scope="frame"),
         "pixel": replace(drop, space="pixel"),
-        "random": RandomDrop(ratio),
+        "random": drop.control(),
     }
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share."""
-    if not n:
-        return 0.0, 1.0
-    z, p = 1.959964, right / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 @torch.no_grad()

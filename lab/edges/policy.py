@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -28,7 +29,7 @@ from lab.edges.fingerprints import Leak, Metadata, check_layout, check_sizes, le
 from lab.edges.ranges import MOST
 from lab.edges.reference import biases_of, edges_of, masks_of
 from lab.edges.segments import Segmentation, check_name
-from lab.errors import ConfigError, UsageError
+from lab.errors import ConfigError, LabWarning, UsageError
 from lab.model.run import Edges
 from lab.recipe import explain
 from lab.result import write_bytes
@@ -178,7 +179,15 @@ class Policy(Metadata):
 
         n_layers, n_heads   left out: those of the policy's `model`, or of the model `tokens` were prepared for; one head
                             if no cut names heads
+        Warns (LabWarning) where mechanisms will still change the tokens: then the decoder's map is `model.maps(ready)[0]`.
         """
+        if tokens.ahead:
+            warnings.warn(
+                f"these are the {len(tokens)} tokens before {', '.join(tokens.ahead)}, not those that the decoder reads: count "
+                "model.maps(ready)[0]",
+                LabWarning,
+                stacklevel=2,
+            )
         n_layers = n_layers or self.model.layers or tokens.n_layers
         if n_layers is None:
             raise UsageError(

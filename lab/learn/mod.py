@@ -6,17 +6,16 @@
     python -m lab.learn.mod --table runs/mod runs/full runs/random --out runs/table.json
 
 As the paper: routers and LoRA learn together, on the data the base model was trained on, with the mechanism on; top-k is
-hard throughout. OUT/variant holds what makes the variant of `tiny`: delta.safetensors, routers.safetensors, variant.json.
+hard throughout. OUT/variant holds what makes the variant of `tiny` (`lab.load("OUT/variant")`): see `lab.model.variants`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -26,12 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab.carriers import TokenMap, VideoQA
-from lab.errors import ConfigError, LabError, UsageError
-from lab.learn import lowrank
+from lab.carriers import LETTERS, TokenMap, VideoQA
+from lab.errors import LabError, UsageError
 from lab.learn.sft import Batch, Stage, Trainer, graded
-from lab.learn.tiny_data import Batches, Prompts
+from lab.learn.table import shown
+from lab.learn.tiny_checks import Clips
+from lab.learn.tiny_data import Batches, Prompts, to_pixels
+from lab.mechanisms import of_plain, plain
 from lab.mechanisms.mixture_of_depths import MixtureOfDepths
+from lab.model import lowrank, variants
 from lab.model.ready import Ready
 from lab.model.run import Run
 from lab.model.videollm import VideoLLM
@@ -40,6 +42,8 @@ from lab.routing import Routers
 from lab.sim.tasks import TASKS, draw_items
 from lab.slots import Plan, plan_of
 
+ROUTERS = "routers.safetensors"
+SEED = 777  # of the items that are measured on; training never draws it
 Lessons = Callable[[int], Batch | list[Batch]]
 
 
@@ -110,11 +114,11 @@ def lessons(prompts: Prompts, seed: int) -> Lessons:
     """The last stage of tiny's own recipe: everything a user may vary."""
     from lab.learn.tiny import stages
 
-    drawn: list[Any] = [Batches(prompts, seed)]
+    made: list[Any] = [Batches(prompts, seed)]
     if find_spec("lab.learn.tiny_tasks") is not None:  # the recipe of five tasks has batches of its own
-        drawn.append(import_module("lab.learn.tiny_tasks").TaskBatches(prompts, seed))
+        made.append(import_module("lab.learn.tiny_tasks").TaskBatches(prompts, seed))
     recipe: Any = stages
-    return recipe(*drawn)[-1].batch
+    return recipe(*made)[-1].batch
 
 
 def train(
@@ -165,37 +169,25 @@ class Variant:
     about: dict[str, Any]
 
     def save(self, folder: str | Path, *, base: str) -> Path:
-        """Write delta.safetensors, routers.safetensors (if there are any) and variant.json."""
-        out = Path(folder)
-        out.mkdir(parents=True, exist_ok=True)
-        lowrank.save(self.delta, out / "delta.safetensors", base=base)
-        if self.mechanism.routers is not None:
-            self.mechanism.routers.save(out / "routers.safetensors")
-        said = {
-            "base": base, "weights": weights_hash(base), "mechanism": plain(self.mechanism), **self.about,
-            "delta": _sha(out / "delta.safetensors"),
-        }  # fmt: skip
-        (out / "variant.json").write_text(json.dumps(said, indent=2) + "\n")
+        """Write the folder (see `lab.model.variants`), routers.safetensors among it if there are any."""
+        routers = self.mechanism.routers
+        named = replace(self.mechanism, routers=None, weights=None if routers is None else ROUTERS)
+        out = variants.write(
+            folder, self.delta, [_plain(named)], base=base, weights=weights_hash(base), **self.about
+        )
+        if routers is not None:
+            routers.save(out / ROUTERS)
         return out
 
     @staticmethod
     def load(folder: str | Path) -> Variant:
         """Read what `save` wrote. Raises ConfigError if something is missing or belongs to another base model."""
-        folder = Path(folder)
-        try:
-            said = json.loads((folder / "variant.json").read_text())
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"{folder} holds no variant: {e}") from None
-        delta, _ = lowrank.load(folder / "delta.safetensors")
-        path = folder / "routers.safetensors"
-        routers = Routers.load(path) if path.exists() else None
-        found = weights_hash(said["base"])
-        if found != said["weights"]:
-            raise ConfigError(
-                f"{folder} was trained on weights {said['weights']} of {said['base']!r}, which now has {found}; train it again"
-            )
-        mechanism = replace(_mechanism(said["mechanism"]), routers=routers)
-        return Variant(mechanism, delta, {k: v for k, v in said.items() if k != "mechanism"})
+        found = variants.read(folder)
+        found.check(weights_hash(found.base), folder)
+        mechanism = of_plain(found.mechanisms[0])
+        routers = None if mechanism.weights is None else Routers.load(mechanism.weights)
+        about = {"base": found.base, "weights": found.weights, **found.about}
+        return Variant(replace(mechanism, routers=routers, weights=None), found.delta, about)
 
     @contextmanager
     def on(self, model: VideoLLM) -> Iterator[MixtureOfDepths]:
@@ -204,33 +196,14 @@ class Variant:
             yield self.mechanism
 
 
-def load_variant(folder: str | Path, **how: Any) -> tuple[VideoLLM, MixtureOfDepths]:
-    """The variant's base model with the delta put on for good, and the mechanism. how: as for `lab.load`."""
-    variant = Variant.load(folder)
-    model = load(variant.about["base"], **how)
-    lowrank.put(model.lm, variant.delta)
-    return model, variant.mechanism
-
-
-def plain(mechanism: MixtureOfDepths) -> dict[str, Any]:
-    """The fields that json can hold (routers lie in a file of their own). Raises UsageError for `ShiftedCosine` and scores."""
-    kept = {
-        f.name: getattr(mechanism, f.name) for f in fields(mechanism) if f.name not in ("routers", "scores")
-    }
+def _plain(mechanism: MixtureOfDepths) -> dict[str, Any]:
+    """As plain data. Raises UsageError for what json cannot hold: `ShiftedCosine` and scores."""
+    found = plain(mechanism)
     try:
-        json.dumps(kept)
+        json.dumps(found)
     except TypeError:
         raise UsageError("only keep ratios that are numbers can be written; give keep as a tuple") from None
-    return kept
-
-
-def _mechanism(said: dict[str, Any]) -> MixtureOfDepths:
-    as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
-    return MixtureOfDepths(**as_tuples)
-
-
-def _sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return found
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -243,11 +216,41 @@ def accuracy(model: VideoLLM, items: Sequence[VideoQA], mechanisms: Sequence[Any
     return sum(bool(model.answer(item, mechanisms=mechanisms).correct) for item in items) / len(items)
 
 
+@torch.no_grad()
+def batched(
+    model: VideoLLM, items: Sequence[VideoQA], clips: Clips, mechanisms: Sequence[Any] = (), *, size: int = 25
+) -> float:
+    """The same as `accuracy` for simulated items of one task, `size` at a time. clips: theirs, at the tower's size."""
+    if not items:
+        raise UsageError("no items to measure on")
+    prompts, right = Prompts(model.need_tokenizer()), 0
+    for at in range(0, len(items), size):
+        part = items[at : at + size]
+        ids = torch.cat([prompts.whole(item) for item in part])
+        ready = model.prepare_inputs(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values_videos=to_pixels(clips[at : at + size]),
+        )
+        letters = prompts.word(list(LETTERS[: len(part[0].options)]))
+        picks = model(ready, mechanisms=mechanisms)[:, -1, letters].argmax(-1).tolist()
+        right += sum(int(p == item.answer) for p, item in zip(picks, part, strict=True))
+    return right / len(items)
+
+
 def report(
-    model: VideoLLM, mechanisms: Sequence[Any], tasks: Sequence[str], *, n: int, seed: int
+    model: VideoLLM, mechanisms: Sequence[Any], asked: Mapping[str, tuple[Sequence[VideoQA], Clips]]
 ) -> dict[str, float]:
-    """Accuracy by task on `n` items each that training never draws."""
-    return {task: round(accuracy(model, draw_items(task, n, seed), mechanisms), 4) for task in tasks}
+    """Accuracy by task."""
+    return {
+        task: round(batched(model, items, clips, mechanisms), 4) for task, (items, clips) in asked.items()
+    }
+
+
+def held_out(tasks: Sequence[str], n: int, seed: int) -> dict[str, tuple[Sequence[VideoQA], Clips]]:
+    """`n` items a task that training never draws, with their clips at the tower's size."""
+    items = {task: draw_items(task, n, seed) for task in tasks}
+    return {task: (some, shown(some)) for task, some in items.items()}
 
 
 def compared(
@@ -255,22 +258,28 @@ def compared(
 ) -> dict[str, dict[str, float]]:
     """Accuracy by task of the base model, of it with each variant's mechanism merely switched on (no training), of each
     variant, and of each variant with random and uniform choices at the same keep ratio."""
-    variants = {
+    variants_ = {
         Path(f).name: Variant.load(Path(f) / "variant" if (Path(f) / "variant").exists() else f)
         for f in folders
     }
-    model = load(next(iter(variants.values())).about["base"], device="cpu")
-    measure = partial(report, model, tasks=tasks, n=n, seed=seed)
+    model = load(next(iter(variants_.values())).about["base"], device="cpu")
+    measure = partial(report, model, asked=held_out(tasks, n, seed))
     rows = {"base": measure([])}
-    for name, variant in variants.items():
+    for name, variant in variants_.items():
         m = variant.mechanism
-        rows[f"{name}, not trained"] = measure([replace(m, routers=None)])
+        if not _is_plain(m):
+            rows[f"{name}, not trained"] = measure([replace(m, routers=None)])
         with variant.on(model):
             rows[name] = measure([m])
             for selector in ("random", "uniform"):
                 if m.selector == "learned":
                     rows[f"{name}, {selector} choice"] = measure([replace(m, selector=selector)])
     return rows
+
+
+def _is_plain(m: MixtureOfDepths) -> bool:
+    """Whether the mechanism routes nothing: the control of training."""
+    return m.keep == 1 and m.gate == "none"
 
 
 # ---- command line -----------------------------------------------------------------------------------------------------
@@ -332,7 +341,7 @@ def _train(args: argparse.Namespace) -> None:
         rank=args.rank, seed=args.seed, check=check, resume=args.resume,
     )  # fmt: skip
     with variant.on(model) as m:
-        found = report(model, [m], args.tasks, n=args.items, seed=777)
+        found = report(model, [m], held_out(args.tasks, args.items, SEED))
     variant = replace(variant, about={**variant.about, "held_out": found, "items": args.items})
     folder = variant.save(args.out / "variant", base=args.base)
     print(f"{folder}: {json.dumps(found)}")
@@ -344,9 +353,9 @@ def _frozen(learner: Learner) -> MixtureOfDepths:
 
 
 def _make_table(args: argparse.Namespace) -> None:
-    rows = compared(args.table, args.tasks, n=args.items, seed=777)
+    rows = compared(args.table, args.tasks, n=args.items, seed=SEED)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"items": args.items, "rows": rows}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"items": args.items, "seed": SEED, "rows": rows}, indent=1) + "\n")
     for name, row in rows.items():
         print(f"{name:32}" + "  ".join(f"{task} {value:.3f}" for task, value in row.items()))
 

@@ -243,7 +243,10 @@ class Trainer:
         temporary.replace(self.folder / "checkpoint.safetensors")
 
     def resume(self) -> bool:
-        """Continue from the checkpoint in `folder`; False if there is none."""
+        """Continue from the checkpoint in `folder`; False if there is none.
+
+        A run of one stage that has used up its steps goes on where the stage now has more.
+        """
         from safetensors import safe_open
 
         path = self.folder / "checkpoint.safetensors"
@@ -261,6 +264,9 @@ class Trainer:
                 self.optimiser.state[p] = state
         with safe_open(path, "pt") as file:
             self.progress = Progress(**json.loads(file.metadata()["progress"]))
+        done = self.progress
+        if len(self.stages) == done.stage == 1 and done.step < self.stages[0].steps:
+            done.stage, done.stage_step = 0, done.step
         for name in ("journal.jsonl", "losses.jsonl"):
             _forget(self.folder / name, self.progress.step)
         return True

@@ -90,6 +90,9 @@ class VidKV:
     storage     "released" (2 bits for a ternary code, constant zeros) or "tight"
     audit       also keep exact keys and values, to measure errors by (not counted in bytes)
 
+    With chunk= (and in a stream) every piece reads those before it dequantised, so logits are not those of the whole
+    prompt, whose rows read each other exactly; with chunk= a LabWarning says so.
+
     `model.run(...).heads`: "vidkv.bytes", "vidkv.bytes_exact", "vidkv.rows" [layer, (quantised, exact)]; with audit
     "vidkv.key_error" and "vidkv.value_error", relative, by layer.
     Raises UsageError for what makes no sense.
@@ -169,6 +172,20 @@ class VidKV:
             key = bits_per_value(WHOLE[s.key_bits], c)
         value = 16.0 if s.value_bits == 16 else bits_per_value(WHOLE[s.value_bits], c)
         return key, (1 - s.stp) * value + s.stp * bits_per_value("q2", c) if s.stp else value
+
+    def control(self, seed: int = 0) -> VidKV | None:
+        """As many bits, given to random channels and rows; None where no channel and no row is chosen."""
+        chooses = 1 < self.key_bits < 2 or self.stp > 0
+        return replace(self, hard="random", stp_by="random", seed=seed) if chooses else None
+
+    def kv_bytes(self, rows: int, cfg: ModelSizes, itemsize: int) -> float:
+        """Bytes of keys and values that `rows` rows of a layer take by the formula, whole groups quantised (index bytes apart)."""
+        quantised = rows - rows % self.group
+        values = cfg.n_kv_heads * cfg.d_head
+        wide = 2 * (rows - quantised) * itemsize
+        sides = zip(self.bits(cfg.d_head), (self.key_bits, self.value_bits), strict=True)
+        bits = sum(8 * itemsize if asked == 16 else taken for taken, asked in sides)
+        return values * (wide + quantised * bits / 8)
 
     def plan(self, cfg: ModelSizes) -> Plan:
         """A cache; a Head that tells of it; where rows differ by kind, a Detour that tells the cache which is which."""
@@ -393,6 +410,16 @@ class QuantisedCache:
         self.exact: dict[int, tuple[Tensor, Tensor]] = {}
         self.vision: Tensor | None = None  # bool [source pos]
         self.worth: Tensor | None = None  # [source pos], -inf for what is never protected
+
+    @property
+    def in_pieces(self) -> str:
+        """What a prompt that is read in pieces is to be warned of; "" where nothing is quantised."""
+        if self.what.key_bits == 16 and self.what.value_bits == 16:
+            return ""
+        return (
+            "VidKV reads a whole prompt with exact keys and values, but of a prompt in pieces (chunk=) every piece reads those "
+            "before it dequantised: the logits are not those of the whole prompt; drop chunk= to measure"
+        )
 
     def update(self, layer: int, k: Tensor, v: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store rows, and give back all of the layer. The first rows come back exact unless asked otherwise.

@@ -179,7 +179,7 @@ def _remapped(tokens: TokenMap, put: Tensor, after: VisionTokens) -> TokenMap:
     if after.grid.parts is not None:
         parts = torch.zeros(len(tokens), after.grid.parts.shape[1])
         parts[put] = after.grid.parts.to(parts)
-    return replace(tokens, parts=parts, **columns)
+    return replace(tokens, parts=parts, ahead=(), **columns)
 
 
 def _written_anew(

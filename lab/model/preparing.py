@@ -51,8 +51,13 @@ def prepare(
     }
     asked = {"n_frames": n_frames, "fps": fps, "index": None if index is None else list(index)}
     sampling = {k: v for k, v in asked.items() if v is not None}
-    maps = (_sized(tokens, model),)
+    maps = (replace(_sized(tokens, model), ahead=_ahead(plan)),)
     return Ready(inputs, maps, (grid,), item, frames, render(spans), plan, sampling, system)
+
+
+def _ahead(plan: Plan) -> tuple[str, ...]:
+    """What in the plan changes the tokens between here and the decoder."""
+    return tuple(type(s).__name__ for s in (plan.encoder, *plan.stages, plan.layout) if s is not None)
 
 
 def with_sampler(model: Any, ready: Ready, plan: Plan) -> Ready:
