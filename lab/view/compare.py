@@ -14,8 +14,8 @@ import numpy as np
 
 from lab.errors import UsageError
 from lab.result import Result
-from lab.view.choices import chosen, index_of
 from lab.view.averages import mean_all
+from lab.view.choices import chosen, index_of
 from lab.view.heat_view import MOST, cell_outline
 from lab.view.live import LiveView
 from lab.view.pictures import write_picture
@@ -115,6 +115,10 @@ class Comparison(LiveView):
     def picture(self) -> Figure:
         """The three panels."""
         return row_plotly(self.specs(), self._title())
+
+    def alt(self) -> str:
+        """The three panels in words."""
+        return " ".join(s.alt for s in self.specs())
 
     def words(self) -> str:
         """What the difference says most, and over what the means are."""

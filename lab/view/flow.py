@@ -18,6 +18,7 @@ from lab.view.live import LiveView
 from lab.view.pictures import write_picture
 from lab.view.plotly_out import Figure
 from lab.view.selection import Selection
+from lab.view.specs import text
 
 GROUPS = 4
 MOST_GROUPS = 8
@@ -78,6 +79,12 @@ class Flow(LiveView):
     def picture(self) -> Figure:
         """The Sankey."""
         return flow_plotly(self.drawing())
+
+    def alt(self) -> str:
+        """Every link that is shown."""
+        drawing = self.drawing()
+        links = "; ".join(f"layers {drawing.columns[x.group]}: {x.key} to {x.query} {text(x.value)}" for x in drawing.links[:12])  # fmt: skip
+        return f"Flow diagram: {drawing.title}. {drawing.caption} Strongest: {links}."
 
     def words(self) -> str:
         """How much is shown, and what is selected."""

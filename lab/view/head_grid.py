@@ -115,5 +115,5 @@ class HeadGrid(HeatView):
         self._say(self.words())
 
     def _tell_pair(self) -> None:
-        if all(side in self.slices for side in SIDES):
+        if not self.following and all(side in self.slices for side in SIDES):
             self.selection.set(pair=(self.slices["query"].value, self.slices["key"].value))

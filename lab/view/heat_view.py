@@ -37,6 +37,7 @@ class HeatView(LiveView):
         _check(result, y, x)
         self.whole, self.y, self.x = result, y, x
         self._limits, self._diverging = limits, diverging
+        self.following = False  # whether the slices are moving because the selection has moved
         self.slices = {a: self._slice_control(a) for a in result.axes if a not in (y, x)}
         if self.slices and limits is None:
             self.control("colours", W.Dropdown(options=[EVERYWHERE, HERE], description="Colours"))
@@ -88,21 +89,23 @@ class HeatView(LiveView):
         return [cell_outline(row, col, n_rows, n_cols)]
 
     def extras(self) -> list[W.Widget]:
-        """One control for each further axis, and the pickers that select a cell without a mouse."""
-        return [*(self._with_play(a) for a in self.slices), *self.pickers.values()]
+        """Play for axes of numbers, and the pickers that select a cell without a mouse."""
+        return [*(self._play(a) for a in self._numbered()), *self.pickers.values()]
 
     def _moved(self, change: Any) -> None:
         """Follow the selection with slices and pickers."""
 
-        def act() -> None:
-            for axis, slicer in self.slices.items():
-                at = index_of(axis, self.whole.coords[axis], self.selection)
-                if at is not None:
-                    slicer.value = self.whole.coords[axis][at]
-            for axis, picker in self.pickers.items():
-                picker.value = index_of(axis, self.whole.coords[axis], self.selection)
+        self.following = True
+        self.guarded(self._follow)
+        self.following = False
 
-        self.guarded(act)
+    def _follow(self) -> None:
+        for axis, slicer in self.slices.items():
+            at = index_of(axis, self.whole.coords[axis], self.selection)
+            if at is not None:
+                slicer.value = self.whole.coords[axis][at]
+        for axis, picker in self.pickers.items():
+            picker.value = index_of(axis, self.whole.coords[axis], self.selection)
 
     def _slice_control(self, axis: str) -> Any:
         coords = self.whole.coords[axis]
@@ -128,14 +131,14 @@ class HeatView(LiveView):
         picker.observe(pick, "value")
         return picker
 
-    def _with_play(self, axis: str) -> W.Widget:
-        """A slider gets a Play button; what stands in `controls` is the slider itself."""
-        slicer = self.slices[axis]
-        if not isinstance(slicer, W.SelectionSlider):
-            return slicer
+    def _numbered(self) -> list[str]:
+        return [a for a, w in self.slices.items() if isinstance(w, W.SelectionSlider)]
+
+    def _play(self, axis: str) -> W.Widget:
+        """A button that walks a slider along."""
         play = W.Play(min=0, max=len(self.whole.coords[axis]) - 1, interval=250)
-        W.jslink((play, "value"), (slicer, "index"))
-        return W.HBox([play, slicer])
+        W.jslink((play, "value"), (self.slices[axis], "index"))
+        return play
 
 
 def cell_outline(row: int | None, col: int | None, n_rows: int, n_cols: int) -> dict[str, Any]:

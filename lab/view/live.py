@@ -40,7 +40,6 @@ class LiveView(View):
         self.theme: Theme = check_theme(theme)
         self.controls: dict[str, Any] = {}
         self._live: LiveFigure | None = None
-        self._shapes: list[dict[str, Any]] = []  # of the picture itself
         self._note = W.HTML()
         self._note.add_class("vl-note")
 
@@ -54,6 +53,10 @@ class LiveView(View):
         """What stands below the figure."""
         spec = self.spec()
         return " ".join(w for w in (spec.reading, spec.caption) if w)
+
+    def alt(self) -> str:
+        """The figure in words, for those who do not see it."""
+        return self.spec().alt
 
     def clicked(self, trace: int, point: Any) -> None:
         """A click on a point of a trace: its index, (row, column) in a heat map."""
@@ -71,6 +74,7 @@ class LiveView(View):
     def control(self, name: str, widget: Any) -> Any:
         """Take a widget in as a setting of this name: a change redraws."""
         self.controls[name] = widget
+        widget.style.description_width = "initial"  # whole words, not "Layer gro..."
         widget.observe(lambda _: self.guarded(self.refresh), "value")
         return widget
 
@@ -95,14 +99,14 @@ class LiveView(View):
         """The figure without a kernel, with what is selected outlined."""
         figure = themed(self.picture(), self.theme)
         layout: Any = figure.layout
-        self._shapes = [s.to_plotly_json() for s in layout.shapes]
-        figure.update_layout(shapes=[*self._shapes, *self.outlines()])
+        figure.update_layout(shapes=[*layout.shapes, *self.outlines()])
         return figure
 
     def refresh(self) -> None:
         """Draw what is to be shown now, sending only what differs; nothing happens before there is a widget."""
         if self._live is not None:
-            self._live.become(self.figure())
+            self._live.become(themed(self.picture(), self.theme), self.alt())
+            self._outline()
             self._say(self.words())
 
     def guarded(self, act: Callable[[], Any]) -> None:
@@ -126,7 +130,11 @@ class LiveView(View):
         return str(self._note.value)
 
     def _make_widget(self) -> W.DOMWidget:
-        live = self._live = LiveFigure(self.figure(), lambda t, p: self.guarded(lambda: self.clicked(t, p)))
+        live = self._live = LiveFigure(
+            themed(self.picture(), self.theme), lambda t, p: self.guarded(lambda: self.clicked(t, p)), theme=self.theme,
+            alt=self.alt(),
+        )  # fmt: skip
+        self._outline()
         self.selection.observe(self._selected, list(NAMES))
         above = W.HBox([*self._shown_controls(), *self.extras()], layout=W.Layout(flex_flow="row wrap"))
         box = W.VBox([above, live, self._note, export_line(self)])
@@ -143,7 +151,7 @@ class LiveView(View):
 
     def _outline(self) -> None:
         if self._live is not None:
-            self._live.outline([*self._shapes, *self.outlines()])
+            self._live.outline(self.outlines())
 
 
 def export_line(view: LiveView) -> W.HBox:

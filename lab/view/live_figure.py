@@ -1,12 +1,22 @@
-"""LiveFigure: a plotly figure in the notebook that turns into another one by sending only what differs."""
+"""LiveFigure: a plotly figure in the notebook, drawn by plotly.js itself from what the kernel sends.
+
+plotly's own FigureWidget is not used. Each one carries 5 MB of script, and where loading that takes a browser more than
+2 s, anywidget drops every later message to it: the figure stays blank. Here plotly.js goes to the page once, in a
+widget of its own that all figures name, and a figure's script is a few kB.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
+import anywidget
 import plotly.graph_objects as go
+from ipywidgets import widget_serialization
+from plotly.offline import get_plotlyjs
+from plotly.utils import PlotlyJSONEncoder
+from traitlets import Bytes, Instance, Unicode
 
 from lab.errors import UsageError
 from lab.view.plotly_out import CONFIG
@@ -16,48 +26,63 @@ Theme = Literal["auto", "light", "dark"]
 PAPER = {
     "light": ("#ffffff", "#1d2126"),
     "dark": ("#16191d", "#e8eaed"),
-}  # paper and text; "auto" is left to live.css
-Clicked = Callable[[int, Any], None]  # index of the trace, and of the point in it
+}  # paper and text; live.js does "auto"
+Clicked = Callable[[int, Any], None]  # number of the trace, and of the point in it
 
 
-class LiveFigure(go.FigureWidget):
-    """plotly's FigureWidget without its upload button. `clicked` hears of clicks; `become` changes what is drawn."""
+class PlotlySource(anywidget.AnyWidget):
+    """plotly.js for a page; it shows nothing."""
 
+    _esm = "export default { render() {} };"
+    source = Bytes(b"").tag(sync=True)
+
+
+class LiveFigure(anywidget.AnyWidget):
+    """A plotly figure; `become` draws another one in its place, `outline` only other shapes.
+
+    clicked  called with the number of the trace and of the point ((row, column) in a heat map) that was clicked
+    """
+
+    _esm = asset("live.js")
     _css = asset("live.css")
+    library = Instance(PlotlySource).tag(sync=True, **widget_serialization)
+    drawing = Unicode("").tag(sync=True)
+    shapes = Unicode("[]").tag(sync=True)
+    config = Unicode("").tag(sync=True)
+    theme = Unicode("auto").tag(sync=True)
+    alt = Unicode("").tag(sync=True)
 
-    def __init__(self, figure: go.Figure, clicked: Clicked) -> None:
-        super().__init__(figure)
-        self._drawn = cast("dict[str, Any]", figure.to_plotly_json())
+    def __init__(self, figure: go.Figure, clicked: Clicked, *, theme: Theme, alt: str = "") -> None:
+        # all in the first message: what is shown does not wait for a second one
+        super().__init__(
+            library=_library(), drawing=figure.to_json(), config=json.dumps(CONFIG), theme=theme, alt=alt
+        )
         self._clicked = clicked
-        self._listen()
-        if hasattr(self, "_config"):  # private, and the only way to leave the upload button out
-            self._config = {**CONFIG, "displayModeBar": False}
+        self.on_msg(self._heard)
 
-    def become(self, figure: go.Figure) -> None:
-        """Draw another figure. What the reader has zoomed stays, unless that part of the layout differs."""
-        was, now = self._drawn, cast("dict[str, Any]", figure.to_plotly_json())
-        kinds = [[t["type"] for t in f["data"]] for f in (was, now)]
-        with self.batch_update():
-            if kinds[0] == kinds[1]:
-                for trace, old, new in zip(self.data, was["data"], now["data"], strict=True):
-                    _change(trace, old, new)
-            _change(self.layout, was["layout"], now["layout"])
-        if kinds[0] != kinds[1]:
-            self.data = ()
-            self.add_traces(figure.data)
-            self._listen()
-        self._drawn = now
+    def become(self, figure: go.Figure, alt: str) -> None:
+        """Draw another figure; what the reader has zoomed stays."""
+        with self.hold_sync():
+            self.drawing, self.alt = str(figure.to_json()), alt
 
     def outline(self, shapes: Sequence[Mapping[str, Any]]) -> None:
-        """Draw only these shapes anew (what is selected), beside everything else."""
-        wanted = [dict(s) for s in shapes]
-        if not _same(self._drawn["layout"].get("shapes", []), wanted):
-            self.layout.shapes = wanted
-            self._drawn["layout"]["shapes"] = wanted
+        """Draw these shapes above the figure's own."""
+        self.shapes = json.dumps(list(shapes), cls=PlotlyJSONEncoder)
 
-    def _listen(self) -> None:
-        for i, trace in enumerate(self.data):
-            trace.on_click(lambda _, points, __, i=i: [self._clicked(i, p) for p in points.point_inds])
+    def _heard(self, _: Any, content: Any, buffers: Any) -> None:
+        if isinstance(content, dict) and content.get("do") == "click" and content.get("part") != "node":
+            point = content.get("point")
+            self._clicked(int(content["trace"]), tuple(point) if isinstance(point, list) else point)
+
+
+_SOURCES: list[PlotlySource] = []
+
+
+def _library() -> PlotlySource:
+    """The one widget that holds plotly.js; another one once it was closed."""
+    if not _SOURCES or _SOURCES[-1].comm is None:
+        _SOURCES[:] = [PlotlySource(source=get_plotlyjs().encode())]
+    return _SOURCES[-1]
 
 
 def check_theme(theme: str) -> Theme:
@@ -73,21 +98,3 @@ def themed(figure: go.Figure, theme: Theme) -> go.Figure:
         paper, words = PAPER[theme]
         figure.update_layout(paper_bgcolor=paper, plot_bgcolor=paper, font_color=words)
     return figure
-
-
-def _change(part: Any, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Set what differs between two plain descriptions of a trace or layout."""
-    for key in {**was, **now}:
-        if key not in ("type", "uid") and not _same(was.get(key), now.get(key)):
-            part[key] = now.get(key)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        x, y = np.asarray(a), np.asarray(b)
-        return x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)

@@ -161,15 +161,23 @@ def curves(ax: Axes, spec: FigureSpec, *, size: float | None = None) -> None:
 
 def _heat(ax: Axes, spec: FigureSpec) -> None:
     draw_cells(ax, spec)
-    ax.set_xticks(*spec.x_ticks())
-    ax.set(xlabel=spec.x_label, ylabel=spec.y_label)
+    name_places(ax, spec)
+    ax.set(ylabel=spec.y_label)
 
 
-def draw_cells(ax: Axes, spec: FigureSpec) -> None:
+def name_places(ax: Axes, spec: FigureSpec, most: int = 16) -> None:
+    """Ticks and title along x; names too long to stand side by side are turned."""
+    at, words = spec.x_ticks(most)
+    turned = sum(len(w) for w in words) > 48
+    ax.set_xticks(at, words, rotation=35 if turned else 0, ha="right" if turned else "center")
+    ax.set_xlabel(spec.x_label)
+
+
+def draw_cells(ax: Axes, spec: FigureSpec, *, bar: bool = True) -> None:
     """The cells of a heat map with the names of its rows and its colour bar."""
     z = spec.masked()
     edges = np.arange(len(spec.x) + 1) - 0.5, np.arange(len(spec.series) + 1) - 0.5
-    _cells(ax, spec, *edges, z, np.isnan(z))
+    _cells(ax, spec, *edges, z, np.isnan(z), bar=bar)
     every = max(1, -(-len(spec.series) // 24))
     ax.set_yticks(range(0, len(spec.series), every), spec.series[::every])
     if not spec.y_up:
@@ -201,7 +209,7 @@ def _table(ax: Axes, spec: FigureSpec) -> None:
         table.set_fontsize(8)
 
 
-def _cells(ax: Axes, spec: FigureSpec, x: Any, y: Any, z: Any, bad: Any) -> None:
+def _cells(ax: Axes, spec: FigureSpec, x: Any, y: Any, z: Any, bad: Any, *, bar: bool = True) -> None:
     lo, hi = spec.limits or (0.0, 1.0)
     mesh = ax.pcolormesh(x, y, np.ma.masked_invalid(z), cmap=_colormap(spec), vmin=lo, vmax=hi, zorder=1)
     if bad.any():
@@ -214,6 +222,8 @@ def _cells(ax: Axes, spec: FigureSpec, x: Any, y: Any, z: Any, bad: Any) -> None
         )
     figure = ax.get_figure()
     assert isinstance(figure, Figure)
+    if not bar:
+        return
     shrink = 0.8 if spec.kind == "strip" else 1.0
     figure.colorbar(
         mesh, ax=ax, label=spec.unit, shrink=shrink, ticks=MaxNLocator(5), pad=0.02, fraction=0.06

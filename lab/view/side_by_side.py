@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
 from plotly.subplots import make_subplots
 
-from lab.view.matplotlib_out import curves, draw_cells, styled
+from lab.view.matplotlib_out import curves, draw_cells, name_places, styled
 from lab.view.plotly_out import Figure, _safe, _scale, add_curves
 from lab.view.specs import FigureSpec, text, wrapped
 
@@ -47,28 +47,35 @@ def row_matplotlib(specs: Sequence[FigureSpec], title: str, caption: str) -> Pic
         fig = Picture(figsize=(4.0 * len(specs), tall), layout="constrained")
         FigureCanvasAgg(fig)
         panels = fig.subplots(1, len(specs), squeeze=False, sharey=specs[0].kind != "heat")[0]
-        for ax, spec in zip(panels, specs, strict=True):
-            (draw_cells if spec.kind == "heat" else curves)(ax, spec)
-            ax.set_xticks(*spec.x_ticks(8))
-            ax.set(xlabel=spec.x_label, title=spec.title)
+        for i, (ax, spec) in enumerate(zip(panels, specs, strict=True)):
+            if spec.kind == "heat":
+                draw_cells(ax, spec, bar=_ends_scale(i, specs))
+            else:
+                curves(ax, spec)
+            name_places(ax, spec, 8)
+            ax.set_title(spec.title)
+        panels[0].set_ylabel(specs[0].y_label)
         if specs[0].kind != "heat":
-            panels[0].set_ylabel(specs[0].y_label)
             panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
         fig.suptitle(wrapped(title, 40 * len(specs)), x=0.01, ha="left", fontsize=12)
         fig.supxlabel(wrapped(caption, 60 * len(specs)), fontsize=8, color="#555555", x=0.01, ha="left")
         return fig
 
 
+def _ends_scale(i: int, specs: Sequence[FigureSpec]) -> bool:
+    """Whether the next figure has another colour scale, or there is none."""
+    return i == len(specs) - 1 or specs[i + 1].limits != specs[i].limits
+
+
 def _heat(spec: FigureSpec, i: int, specs: Sequence[FigureSpec]) -> go.Heatmap:
-    """One bar for neighbours of one scale, on the right of the last of them."""
+    """One colour bar for neighbours of one scale, on the right of the last of them."""
     lo, hi = spec.limits or (0.0, 1.0)
-    last = i == len(specs) - 1 or specs[i + 1].limits != spec.limits
     end = (1 - SPACE * (len(specs) - 1)) / len(specs) * (i + 1) + SPACE * i
     where = f"{_safe(spec.y_label)} %{{customdata[0]}}, {_safe(spec.x_label)} %{{customdata[1]}}"
     return go.Heatmap(
         z=spec.masked(), x=list(range(len(spec.x))), y=list(range(len(spec.series))), zmin=lo, zmax=hi, colorscale=_scale(spec),
         customdata=np.array([[[_safe(y), _safe(text(x))] for x in spec.x] for y in spec.series], dtype=object), hoverongaps=False,
-        hovertemplate=f"{where}: <b>%{{z:.4g}}</b><extra>{_safe(spec.title)}</extra>", showscale=last, name=_safe(spec.title),
+        hovertemplate=f"{where}: <b>%{{z:.4g}}</b><extra>{_safe(spec.title)}</extra>", showscale=_ends_scale(i, specs), name=_safe(spec.title),
         colorbar={"title": {"text": _safe(spec.unit), "side": "right"}, "thickness": 10, "x": end, "xpad": 4},
     )  # fmt: skip
 

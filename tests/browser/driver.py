@@ -42,6 +42,12 @@ EXECUTE = """async (code) => {
     return {out, error}; }"""
 
 
+# Where a point of a plotly figure lies on the page.
+PLACE = """([selector, x, y]) => {
+    const gd = document.querySelector(selector), box = gd.getBoundingClientRect(), layout = gd._fullLayout;
+    return [box.x + layout.xaxis._offset + layout.xaxis.c2p(x), box.y + layout.yaxis._offset + layout.yaxis.c2p(y)]; }"""
+
+
 @dataclass
 class Notebook:
     """One open notebook. `page_errors`, `console` and `outside` fill while the page lives."""
@@ -68,6 +74,7 @@ class Notebook:
         """Run every cell; ends when the last one has."""
         self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
         self.page.wait_for_function(IDLE)
+        assert self.bad_outputs() == []
 
     def theme(self, name: str) -> None:
         """Switch to "light" or "dark"."""
@@ -99,6 +106,23 @@ class Notebook:
         found = self.page.locator(selector).first
         found.scroll_into_view_if_needed()
         return found
+
+    def click_point(self, root: str, x: float, y: float) -> None:
+        """Click where (x, y) lies in the plotly figure below `root`."""
+        selector = f"{root} .js-plotly-plot"
+        self.find(selector)
+        left, top = self.page.evaluate(PLACE, [selector, x, y])
+        self.page.mouse.move(left - 3, top - 3)
+        self.page.mouse.click(left, top)
+
+    def drawn(self, root: str, what: str) -> Any:
+        """A JavaScript expression of the plotly figure's element `gd` below `root`."""
+        return self.page.evaluate(f"(s) => {{ const gd = document.querySelector(s); return {what}; }}", f"{root} .js-plotly-plot")  # fmt: skip
+
+    def until_drawn(self, root: str, what: str) -> None:
+        """Wait until a JavaScript expression of `gd` is true."""
+        test = f"(s) => {{ const gd = document.querySelector(s); return gd && gd._fullLayout && ({what}); }}"
+        self.page.wait_for_function(test, arg=f"{root} .js-plotly-plot")
 
     def pixels(self, selector: str) -> bytes:
         """What an element looks like, as PNG bytes."""
