@@ -31,10 +31,12 @@ _SURFACE = {
     "errors": ("lab.errors", ""),
     "edges": ("lab.edges", ""),
     "apply": ("lab.edges.applying", "apply"),
+    "explore": ("lab.app.explorer", "explore"),
 }
 
 if TYPE_CHECKING:
     from lab import edges, errors
+    from lab.app.explorer import explore
     from lab.carriers import Frames, TokenMap, VideoQA
     from lab.cli.versions import about
     from lab.edges.applying import apply
@@ -56,6 +58,7 @@ __all__ = [
     "apply",
     "edges",
     "errors",
+    "explore",
     "load",
     "load_items",
     "wrap",

@@ -76,7 +76,7 @@ function scaleBar(model, changed) {
   low.addEventListener("change", typed);
   high.addEventListener("change", typed);
   pin.addEventListener("change", () => { model.set("pinned", pin.checked); model.save_changes(); });
-  const node = make("div", { class: "vl-scale" }, low, bar, high, labelled("keep", pin), unit);
+  const node = make("div", { class: "vl-scale" }, make("div", { class: "vl-ends" }, low, bar, high, labelled("keep", pin)), unit);
   function draw() {
     const table = numbers(model.get("colours"), Uint8Array), steps = table.length / 4;
     const pen = sized(bar, 120, 12);

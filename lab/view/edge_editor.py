@@ -7,6 +7,7 @@ editor.policy()                       # plain data of a policy file
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from traitlets import Bool, Bytes, Int, List, Tuple, Unicode
 
-from lab.errors import ConfigError, LabError
+from lab.errors import ConfigError
 from lab.result import Result
 from lab.view.canvas import Canvas, script, tie
 from lab.view.edge_grid import EdgeGrid, How, presets
@@ -61,6 +62,7 @@ class EdgeEditor(View):
         super().__init__(selection)
         self.grid = EdgeGrid(names, pairs, n_layers, n_heads)
         self.more, self.on_apply = dict(more or {}), on_apply
+        self._lock = threading.RLock()  # messages may come on several threads (subshells)
         self._live = EdgesWidget(
             title="Which segments may read which", names=list(self.grid.names), n_layers=n_layers, n_heads=n_heads,
             presets=[*presets(self.grid.names), *self.more],
@@ -170,13 +172,14 @@ class EdgeEditor(View):
         """A message of the table: {"do": name, ...its arguments}. What is wrong with it stands below the table."""
         arguments = dict(message) if isinstance(message, Mapping) else {}
         name = arguments.pop("do", None)
-        try:
-            if name not in ACTIONS:
-                raise ConfigError(f"the editor cannot {name!r}; it can {', '.join(ACTIONS)}")
-            getattr(self, name)(**arguments)
-        except (LabError, TypeError) as e:
-            self._tell()
-            self._live.error = " ".join(str(e).split())
+        with self._lock:
+            try:
+                if name not in ACTIONS:
+                    raise ConfigError(f"the editor cannot {name!r}; it can {', '.join(ACTIONS)}")
+                getattr(self, name)(**arguments)
+            except Exception as e:  # an error of a callback would vanish in a log
+                self._tell()
+                self._live.error = " ".join(str(e).split())
 
 
 ACTIONS = ("paint", "brush", "preset", "undo", "redo", "reset", "apply")

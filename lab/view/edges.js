@@ -96,6 +96,7 @@ function render({ model, el }) {
     const to = how === "allow" || (how === "toggle" && all) ? ALLOWED : BLOCKED;
     for (const [q, k] of some) cells[q * n + k] = to;
     ask();
+    tell(...focus);
     send("paint", { cells: some, how });
   }
 

@@ -7,7 +7,7 @@ function render({ model, el }) {
   const said = make("div", { class: "vl-said", role: "status", "aria-live": "polite" });
   const canvas = make("canvas", { class: "vl-map-canvas", tabindex: 0, role: "img" });
   const bar = scaleBar(model, () => paint());
-  root.append(title, canvas, said, make("div", { class: "vl-row" }, bar.node));
+  root.append(title, canvas, said, bar.node);
 
   let values = new Float32Array(0), box = null, hovered = null;
   const rows = () => model.get("rows"), columns = () => model.get("columns");
@@ -15,7 +15,7 @@ function render({ model, el }) {
   function draw() {
     const n = rows().length, m = columns().length, wide = Math.max(260, root.clientWidth - 8);
     const w = Math.min(46, Math.max(4, (wide - LEFT) / Math.max(1, m))), h = Math.min(24, Math.max(7, 260 / Math.max(1, n)));
-    const words = m ? Math.max(...columns().map((c) => c.length)) : 0, foot = w < 30 || words > 3 ? Math.min(86, 8 + 6 * words) : 18;
+    const words = m ? Math.max(...columns().map((c) => c.length)) : 0, foot = w < 30 || words > 3 ? Math.min(170, 12 + 6.2 * words) : 18;
     box = { w, h, n, m };
     const pen = sized(canvas, LEFT + m * w + 8, TOP + n * h + foot);
     pen.clearRect(0, 0, LEFT + m * w + 8, TOP + n * h + foot);
