@@ -128,6 +128,13 @@ class Notebook:
         """What an element looks like, as PNG bytes."""
         return self.find(selector).screenshot(animations="disabled")
 
+    def until_changed(self, selector: str, before: bytes, most: int = 60) -> None:
+        """Wait until an element looks other than in `before`; each look is the pause before the next."""
+        for _ in range(most):
+            if self.pixels(selector) != before:
+                return
+        raise AssertionError(f"{selector} looks as before")
+
     def shot(self, name: str, selector: str | None = None) -> Path:
         """A picture for people, out/browser/NAME.png."""
         path = SHOTS / f"{name}.png"

@@ -63,10 +63,7 @@ def moved(notebook: Notebook, root: str, act, until: str) -> None:
     before = notebook.pixels(root)
     act()
     notebook.until(until)
-    for _ in range(40):
-        if notebook.pixels(root) != before:
-            return
-    raise AssertionError(f"{root} looks as before")
+    notebook.until_changed(root, before)
 
 
 def test_a_click_on_a_cell_selects_it(shown):
