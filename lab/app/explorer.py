@@ -72,7 +72,7 @@ class Explorer:
             empty(s.positions.shape), s.pictures, positions=s.positions, seconds=s.seconds, selection=chosen
         )
         self.editor = EdgeEditor(
-            s.names, s.pairs, n_layers=s.n_layers, n_heads=s.n_heads, more=self._presets(), on_apply=self.apply, selection=chosen,
+            s.names, s.pairs, n_layers=s.n_layers, n_heads=s.n_heads, labels=s.labels, more=self._presets(), on_apply=self.apply, selection=chosen,
         )  # fmt: skip
         self.lens = LensTable(s.lens(None), selection=chosen)
         self.depth = DepthMap(s.needed(Policy(cuts=())), selection=chosen)
@@ -252,14 +252,12 @@ class Explorer:
             "effect of each frame: nobody after it reads it (exact knock-out, all layers)",
             whole=True,
         ):
-            values = np.broadcast_to(found.values[0][:, None, None], s.positions.shape)
-            if found.shape[1] == len(s.positions):
-                self.strip.show(s.on_frames(np.array(values), found.unit, found.name))
+            self.strip.show(s.on_frames(s.by_frame(found.values[0]), found.unit, found.name))
             yield
 
     def _flowed(self, token: int) -> Job:
         s, alone = self.session, self.source == TOKEN
-        what = f"{s.label(token)} alone" if alone else s.segment_of(token)
+        what = f"{s.label(token)} alone" if alone else s.labels[s.names.index(s.segment_of(token))]
         name = (
             f"{what} not read by each segment, in {s.window} layers round each (exact knock-out, clean run)"
         )
@@ -283,7 +281,7 @@ class Explorer:
     def _show_answers(self) -> None:
         s, item = self.session, self.session.item
         runs = [
-            Column(name, a.p, f"{a.removed:,} edges cut, {1000 * a.seconds:.0f} ms")
+            Column(name, a.p, f"{a.removed:,} cut")
             for name, a in [
                 ("clean", self.clean),
                 ("edited", self.edited),
@@ -295,9 +293,9 @@ class Explorer:
 
     def _chose_reader(self) -> None:
         """A column of the flow map was chosen: so is its pair in the editor."""
-        reader, token = self.flow.widget().column, self.selection.token  # type: ignore[attr-defined]
-        if token is not None and reader in self.session.names:
-            self.selection.set(pair=(reader, self.session.segment_of(token)))
+        s, token, reader = self.session, self.selection.token, self.flow.widget().column  # type: ignore[attr-defined]
+        if token is not None and reader in s.labels:
+            self.selection.set(pair=(s.names[s.labels.index(reader)], s.segment_of(token)))
 
     def _say(self, words: str) -> None:
         self.panels.top.state = words
@@ -377,7 +375,7 @@ def _slug(item: Any) -> str:
 def _nothing(session: Session, axis: str) -> Result:
     """A map before anything is traced."""
     layers = list(range(1, session.n_layers + 1))
-    names = {"pathway": list(session.usual()), "reader": list(session.names)}[axis]
+    names = {"pathway": list(session.usual()), "reader": list(session.labels)}[axis]
     values = np.full((len(layers), len(names)), np.nan)
     title = {
         "pathway": "Not traced yet: press Trace all pathways",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,8 +39,10 @@ from probes.answers import Choices
 from probes.unembedding import reading, said_by
 
 LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
-PIECE = 0.25  # seconds that a piece of a long trace takes, about: Stop waits no longer
-LIGHT = 1e10  # weights times positions
+PIECE = 0.1  # seconds that a piece of a long trace takes, about: an Apply or Stop in between waits no longer
+LIGHT = 2e9  # weights times positions
+FRAMES = 24  # segments of frames in the editor; more frames stand in groups
+TOGETHER = 25  # frames of a group at most: a policy file takes names of 300 characters
 TEXTS = 24  # text tokens at the prompt's end whose lens is shown
 
 
@@ -53,7 +55,7 @@ class Answered:
 
     name: str
     p: tuple[float, ...]
-    policy: Policy
+    policy: Policy = field(repr=False)
     removed: int = 0
     seconds: float = 0.0
 
@@ -91,8 +93,20 @@ class Session:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Segments that partition the prompt."""
-        return partition(self.tokens)
+        """Segments that partition the prompt; of many frames, neighbours stand together ("frame:0+frame:1")."""
+        names = partition(self.tokens)
+        frames = [n for n in names if n.startswith("frame:")]
+        if len(frames) <= FRAMES:
+            return names
+        size = min(-(-len(frames) // FRAMES), TOGETHER)
+        groups = ["+".join(frames[i : i + size]) for i in range(0, len(frames), size)]
+        first = names.index(frames[0])
+        return (*names[:first], *groups, *(n for n in names[first:] if n not in frames))
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """What the screen calls the segments: "frames 0-9" for a group of them."""
+        return tuple(_short(n) for n in self.names)
 
     @cached_property
     def marks(self) -> Tensor:
@@ -329,8 +343,10 @@ class Session:
             asked = f" where pos(k) == {position - first} and pos(q) > {position - first}"
         else:
             asked = ""
-        later = [n for q, n in enumerate(self.names) if self.pairs[q, k] > 0 and (alone or n != source)]
-        paths = {n: f"{source}->{n}{asked}" for n in later}
+        named = zip(self.names, self.labels, self.pairs[:, k], strict=True)
+        paths = {
+            label: f"{source}->{n}{asked}" for n, label, edges in named if edges and (alone or n != source)
+        }
         return {n: p for n, p in paths.items() if path_rows(self.tokens, p, self.item).any()}
 
     def frames_out(self) -> dict[str, str]:
@@ -339,6 +355,13 @@ class Session:
         first = int((self.tokens.role != ROLES.index("pad")).long().argmax())
         names = [(n, e - first) for n, e in zip(self.names, last, strict=True) if n.startswith("frame:")]
         return {n: f"{n}->* where pos(q) > {end}" for n, end in names}
+
+    def by_frame(self, values: NDArray[Any]) -> NDArray[Any]:
+        """One value for every segment of `frames_out`, on all tokens of its frames, [frame, row, col]."""
+        out = np.full(self.positions.shape, np.nan)
+        for name, value in zip(self.frames_out(), values, strict=True):
+            out[[int(part.removeprefix("frame:")) for part in name.split("+")]] = value
+        return out
 
     def usual(self) -> dict[str, str]:
         """Column -> pathway: those of the paper that this prompt has."""
@@ -388,6 +411,15 @@ class Session:
     def _cut(self, centre: int) -> range:
         """0-based layers cut for a 1-based centre; 0: all."""
         return range(self.n_layers) if centre == 0 else layers_of(centre - 1, self.window, self.n_layers)
+
+
+def _short(name: str) -> str:
+    frames = name.split("+")
+    return (
+        name
+        if len(frames) == 1
+        else f"frames {frames[0].removeprefix('frame:')}–{frames[-1].removeprefix('frame:')}"
+    )
 
 
 def _place_in_frame(frame: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from traitlets import Bool, Bytes, Int, List, Tuple, Unicode
 
-from lab.errors import ConfigError
+from lab.errors import ConfigError, UsageError
 from lab.result import Result
 from lab.view.canvas import Canvas, script, tie
 from lab.view.edge_grid import EdgeGrid, How, presets
@@ -32,6 +32,7 @@ class EdgesWidget(Canvas):
 
     _esm = script("edges.js")
     names = List(Unicode()).tag(sync=True)
+    labels = List(Unicode()).tag(sync=True)
     cells = Bytes(b"").tag(sync=True)
     layers = Tuple(Int(), Int(), default_value=(1, 1)).tag(sync=True)
     heads = List(Int()).tag(sync=True)
@@ -50,12 +51,13 @@ class EdgeEditor(View):
     """Which segment edges are cut.
 
     names, pairs, n_layers, n_heads   as in `EdgeGrid`
+    labels     what the table says for every segment; None: its name
     more       name -> cuts, bool [layer, head, query, key]: presets beside those that go by segment names
     on_apply   called when Apply is pressed
     """
 
     def __init__(
-        self, names: Sequence[str], pairs: Any, *, n_layers: int, n_heads: int,
+        self, names: Sequence[str], pairs: Any, *, n_layers: int, n_heads: int, labels: Sequence[str] | None = None,
         more: Mapping[str, NDArray[np.bool_]] | None = None, on_apply: Callable[[], None] | None = None,
         selection: Selection | None = None,
     ) -> None:  # fmt: skip
@@ -64,7 +66,7 @@ class EdgeEditor(View):
         self.more, self.on_apply = dict(more or {}), on_apply
         self._lock = threading.RLock()  # messages may come on several threads (subshells)
         self._live = EdgesWidget(
-            title="Which segments may read which", names=list(self.grid.names), n_layers=n_layers, n_heads=n_heads,
+            title="Which segments may read which", names=list(self.grid.names), labels=list(labels or self.grid.names), n_layers=n_layers, n_heads=n_heads,
             presets=[*presets(self.grid.names), *self.more],
         )  # fmt: skip
         tie(self._live, self.selection, ("pair",))
@@ -190,35 +192,33 @@ def cells_of(grid: EdgeGrid, policy: Any) -> NDArray[np.bool_]:
 
     Raises ConfigError for a policy that says more than whole segments of this grid (`lab.app` opens those it can).
     """
-    blocked, index = np.zeros_like(grid.blocked), {n: i for i, n in enumerate(grid.names)}
     if not isinstance(policy, Mapping) or policy.get("format") != POLICY:
         raise ConfigError(f"policy: must be plain data with format: {POLICY}")
+    blocked = np.zeros_like(grid.blocked)
     for i, cut in enumerate(policy.get("cuts", ())):
-        unknown = [n for side in "qk" for n in str(cut.get(side, "*")).split("+") if n not in index]
-        if unknown or set(cut) - {"layers", "heads", "q", "k", "reason"}:
-            raise ConfigError(
-                f"policy.cuts.{i}: the editor has whole segments ({', '.join(grid.names)}), not {', '.join(unknown) or 'predicates'}"
-            )
-        rows, columns = ([index[n] for n in cut[side].split("+")] for side in "qk")
-        heads = cut.get("heads", "all")
-        where = np.ix_(
-            _layers(cut.get("layers", "all"), len(blocked)),
-            range(blocked.shape[1]) if heads == "all" else heads,
-            rows,
-            columns,
-        )
-        blocked[where] = True
-    return blocked
+        try:
+            if set(cut) - {"layers", "heads", "q", "k", "reason"}:
+                raise UsageError(
+                    f"the editor has whole segments, not {', '.join(set(cut) - {'layers', 'heads', 'q', 'k'})}"
+                )
+            blocked[_places(grid, cut)] = True
+        except (UsageError, ValueError, TypeError, KeyError, IndexError) as e:
+            raise ConfigError(f"policy.cuts.{i}: {e}") from None
+    return blocked & (grid.pairs > 0)
 
 
-def _layers(text: str, n: int) -> list[int]:
-    """0-based layers of "all" or a text that `ranges` wrote."""
-    if text == "all":
-        return list(range(n))
+def _places(grid: EdgeGrid, cut: Mapping[str, Any]) -> Any:
+    n_layers, n_heads = grid.blocked.shape[:2]
+    text, heads = str(cut.get("layers", "all")), cut.get("heads", "all")
+    layers = list(range(n_layers)) if text == "all" else _layers(text)
+    rows, columns = grid.positions(str(cut["q"])), grid.positions(str(cut["k"]))
+    return np.ix_(layers, range(n_heads) if heads == "all" else heads, rows, columns)
+
+
+def _layers(text: str) -> list[int]:
+    """0-based layers of a text that `ranges` wrote."""
     found: list[int] = []
-    for part in str(text).split(","):
+    for part in text.split(","):
         first, _, last = part.partition("-")
         found += range(int(first) - 1, int(last or first))
-    if found and max(found) >= n:
-        raise ConfigError(f"layers {text!r}: the model has layers 1-{n}")
     return found

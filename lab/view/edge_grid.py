@@ -193,14 +193,29 @@ class EdgeGrid:
         return [{**where, "q": q, "k": k} for q, k in unions]
 
     def _union(self, which: Sequence[int]) -> list[str]:
-        """Segment names joined with "+", in as many pieces as a policy file needs."""
-        pieces: list[str] = []
-        for name in (self.names[i] for i in which):
+        """Segment names joined with "+", in as many pieces as a policy file needs; all frames together are "video"."""
+        frames = {i for i, n in enumerate(self.names) if n.startswith("frame:")}
+        whole = bool(frames) and frames <= set(which)
+        pieces = ["video"] if whole else []
+        for name in (self.names[i] for i in which if not (whole and i in frames)):
             if pieces and len(pieces[-1]) + len(name) < LONG:
                 pieces[-1] += f"+{name}"
             else:
                 pieces.append(name)
         return pieces
+
+    def positions(self, union: str) -> list[int]:
+        """Which segments a union that `cuts` wrote names. Raises UsageError for a segment that is not there."""
+        index = {n: [i] for i, n in enumerate(self.names)}
+        index["video"] = [i for i, n in enumerate(self.names) if n.startswith("frame:")]
+        left, found = union, list[int]()
+        for name in sorted(index, key=len, reverse=True):  # a name may itself be a union
+            if f"+{name}+" in f"+{left}+" and index[name]:
+                found += index[name]
+                left = f"+{left}+".replace(f"+{name}+", "+").strip("+")
+        if left:
+            raise UsageError(f"no segment {left!r} here; there are {', '.join(self.names)}")
+        return sorted(found)
 
     def preset(self, name: str) -> None:
         """Block a preset's cells under the brush. Raises UsageError for an unknown one."""
@@ -216,8 +231,11 @@ def presets(names: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
     ends = [i for i, n in enumerate(names) if n == "last"]
     asked = [i for i, n in enumerate(names) if n == "question" or n.startswith("option:")]
     rest = [i for i in range(len(names)) if i not in {*frames, *ends}]
+    single = not any("+" in names[i] for i in frames)
     sets = {
-        "no cross-frame": [(q, k) for q in frames for k in frames if q > k],
+        "no cross-frame" if single else "nothing between groups of frames": [
+            (q, k) for q in frames for k in frames if q > k
+        ],
         "no video → question and options": [(q, k) for q in asked for k in frames],
         "no video → last": [(q, k) for q in ends for k in frames],
         "no question and options → last": [(q, k) for q in ends for k in asked],

@@ -29,11 +29,11 @@ function render({ model, el }) {
   );
 
   let cells = new Uint8Array(0), tds = [], focus = [0, 0], anchor = null, dragging = null, brush = new Set();
-  const names = () => model.get("names");
+  const names = () => model.get("names"), labels = () => model.get("labels");
   function send(what, more = {}) { model.send({ do: what, ...more }); }
 
   function build() {
-    const all = names(), n = all.length;
+    const all = labels(), n = all.length;
     tds = [];
     const corner = make("th", {}, button("Choose every cell", "all", () => paint(rect([0, 0], [n - 1, n - 1]))));
     const head = make("tr", {}, corner, ...all.map((name, k) => make("th", { scope: "col" }, button(`Column: ${name} is read by all`, name, () => paint(rect([0, k], [n - 1, k]))))));
@@ -64,7 +64,7 @@ function render({ model, el }) {
         const now = `vl-c${state}${brush.has(q * n + k) ? " vl-brushed" : ""}${chosen ? " vl-chosen" : ""}`;
         if (td.className !== now) {
           td.className = now; td.textContent = SIGN[state];
-          td.setAttribute("aria-label", `${names()[q]} reads ${names()[k]}: ${SAID[state]}`);
+          td.setAttribute("aria-label", `${labels()[q]} reads ${labels()[k]}: ${SAID[state]}`);
         }
         td.tabIndex = q === focus[0] && k === focus[1] ? 0 : -1;
       }
@@ -109,7 +109,7 @@ function render({ model, el }) {
   }
   function tell(q, k) {
     const n = names().length;
-    said.textContent = `${names()[q]} reads ${names()[k]}: ${SAID[cells[q * n + k]]} in layers ${first.value}–${last.value}`;
+    said.textContent = `${labels()[q]} reads ${labels()[k]}: ${SAID[cells[q * n + k]]} in layers ${first.value}–${last.value}`;
   }
   function cell(event) {
     const td = document.elementFromPoint(event.clientX, event.clientY)?.closest?.("td[data-q]");
@@ -173,7 +173,7 @@ function render({ model, el }) {
   }
   preset.addEventListener("change", () => { if (preset.value) send("preset", { name: preset.value }); preset.value = ""; });
 
-  model.on("change:names change:presets change:n_heads change:n_layers", build);
+  model.on("change:names change:labels change:presets change:n_heads change:n_layers", build);
   model.on("change:cells", load);
   model.on("change:layers change:heads change:count change:error change:can_undo change:can_redo change:busy change:pair change:title", ask);
   build();

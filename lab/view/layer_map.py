@@ -79,10 +79,11 @@ class LayerMap(View):
             return result
         return Result(result.values.T, result.axes[::-1], result.coords, result.unit, result.recipe, result.name, result.notes, baseline=result.baseline)  # fmt: skip
 
-    def _chose(self, _: Any) -> None:
+    def _chose(self, change: Any) -> None:
         live, other = self._live, self._result.axes[1]
-        self.selection.set(layer=live.layer)
-        if live.column in live.columns:
+        if change["name"] == "layer":
+            self.selection.set(layer=live.layer)
+        elif live.column in live.columns:
             self._chose_column(self._result.coords[other][live.columns.index(live.column)])
 
     def _chose_column(self, value: Any) -> None:

@@ -41,7 +41,7 @@ function render({ model, el }) {
       pen.fillText(columns()[j], 0, 0);
       pen.restore();
     }
-    mark(pen, rows().indexOf(model.get("layer")), columns().indexOf(chosen()), ink);
+    mark(pen, rows().indexOf(model.get("layer")), columns().indexOf(chosen()));
     title.textContent = model.get("title");
     canvas.setAttribute("aria-label", `${model.get("title")}: ${n} layers by ${m}; arrow keys choose a cell`);
     bar.draw();
@@ -51,12 +51,14 @@ function render({ model, el }) {
   function y(i) { return TOP + (box.n - 1 - i) * box.h; }
   function chosen() { return model.get("column"); }
 
-  function mark(pen, i, j, ink) {
+  function mark(pen, i, j) {
     const { w, h, n, m } = box;
-    pen.strokeStyle = ink; pen.lineWidth = 1.5;
-    if (i >= 0 && j >= 0) pen.strokeRect(LEFT + j * w, y(i), w, h);
-    else if (i >= 0) pen.strokeRect(LEFT, y(i), m * w, h);
-    else if (j >= 0) pen.strokeRect(LEFT + j * w, TOP, w, n * h);
+    for (const [colour, width] of [["#fff", 4], ["#000", 1.5]]) {  // seen on every colour and on both themes
+      pen.strokeStyle = colour; pen.lineWidth = width;
+      if (i >= 0 && j >= 0) pen.strokeRect(LEFT + j * w, y(i), w, h);
+      else if (i >= 0) pen.strokeRect(LEFT, y(i), m * w, h);
+      else if (j >= 0) pen.strokeRect(LEFT + j * w, TOP, w, n * h);
+    }
   }
   function tell(i, j) {
     if (i < 0 || j < 0 || i >= box.n || j >= box.m) { said.textContent = ""; return; }

@@ -82,7 +82,7 @@ function render({ model, el }) {
   function layout() {
     const n = size()[0], ratio = pictures[0] ? pictures[0].height / pictures[0].width : 1;
     const wide = Math.max(320, root.clientWidth - 8), main = Math.min(300, wide * 0.36);
-    const room = wide - main - 16, least = Math.max(56, Math.min(130, room / Math.ceil(Math.sqrt(n * ratio)) - GAP));
+    const room = wide - main - 16, least = Math.max(34, Math.min(130, room / Math.ceil(Math.sqrt(n * ratio)) - GAP));
     const across = Math.max(1, Math.min(n, Math.floor((room + GAP) / (least + GAP))));
     const w = Math.min(130, (room + GAP) / across - GAP), h = w * ratio, down = Math.ceil(n / across);
     return { n, main, mainHeight: main * ratio, across, w, h, room, height: down * (h + HEAD + GAP) };
@@ -110,7 +110,7 @@ function render({ model, el }) {
       const [x, y] = place(f);
       tile(pen, f, x, y, box.w, box.h, f === frame());
       pen.fillStyle = ink;
-      pen.fillText(model.get("labels")[f] ?? String(f), x, y - 4, box.w);
+      pen.fillText(box.w < 60 ? String(f) : (model.get("labels")[f] ?? String(f)), x, y - 4, box.w);
       if (f === shown) { pen.strokeStyle = mark; pen.lineWidth = 3; pen.strokeRect(x - 1, y - 1, box.w + 2, box.h + 2); }
     }
     title.textContent = model.get("title");
