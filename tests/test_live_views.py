@@ -237,6 +237,8 @@ def test_a_click_adds_a_head_and_another_takes_it_out():
     assert "layer 5 head 2" in view.message and len(json.loads(live(view).shapes)) == 3
     click(view, 0, [4, 2])
     assert view.heads == ((1, 0),)
+    view._clear.click()
+    assert view.heads == () and "Chosen: none" in view.message
     with pytest.raises(UsageError, match="head 9"):
         view.choose([(1, 9)])
 

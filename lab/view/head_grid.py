@@ -63,6 +63,7 @@ class HeadGrid(HeatView):
                 )
         self._heads = wanted
         self._outline()
+        self._say(self.words())
         for hear in self._told:
             hear(self._heads)
 
@@ -112,7 +113,6 @@ class HeadGrid(HeatView):
     def _toggle(self, head: tuple[int, int]) -> None:
         rest = [h for h in self._heads if h != head]
         self.choose(rest if len(rest) < len(self._heads) else [*rest, head])
-        self._say(self.words())
 
     def _tell_pair(self) -> None:
         if not self.following and all(side in self.slices for side in SIDES):

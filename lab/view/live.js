@@ -29,6 +29,11 @@ function place(point) {
   return { point: Array.isArray(point.pointNumber) ? [...point.pointNumber] : point.pointNumber ?? point.pointIndex };
 }
 
+// JupyterLab's shortcuts (arrows, a, b ...) must not fire while the keyboard is in one of the view's controls.
+function keep(event) {
+  if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
+}
+
 async function render({ model, el }) {
   const root = document.createElement("div");
   root.className = "vl-figure";
@@ -66,6 +71,7 @@ async function render({ model, el }) {
     Plotly = await plotly(model);
     await paint();
     root.on("plotly_click", ({ points }) => model.send({ do: "click", trace: points[0].curveNumber ?? 0, ...place(points[0]) }));
+    el.closest(".vl-view")?.addEventListener("keydown", keep);
     size.observe(el);
     themes.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name"] });
   })();

@@ -136,7 +136,10 @@ class LiveView(View):
         )  # fmt: skip
         self._outline()
         self.selection.observe(self._selected, list(NAMES))
-        above = W.HBox([*self._shown_controls(), *self.extras()], layout=W.Layout(flex_flow="row wrap"))
+        above = W.HBox(
+            [*self._shown_controls(), *self.extras()],
+            layout=W.Layout(flex_flow="row wrap", grid_gap="4px 12px"),
+        )
         box = W.VBox([above, live, self._note, export_line(self)])
         for name in ("vl-view", f"vl-{self.theme}", self.css):
             box.add_class(name)

@@ -106,7 +106,8 @@ def _bars(fig: Figure, spec: FigureSpec) -> None:
             bounds = {
                 "array": spec.high[i] - values[i],
                 "arrayminus": values[i] - spec.low[i],
-                "thickness": 1.2,
+                "thickness": 1.4,
+                "color": "#888888",
             }
         fig.add_trace(go.Bar(
             x=x, y=values[i], name=_safe(name), error_y=bounds, hovertemplate=f"<b>%{{y:.4g}}</b><extra>{_safe(name)}</extra>",

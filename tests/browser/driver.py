@@ -141,8 +141,12 @@ class Notebook:
         path.parent.mkdir(parents=True, exist_ok=True)
         if selector is None:
             self.page.screenshot(path=path)
-        else:
-            self.find(selector).screenshot(path=path, animations="disabled")
+            return path
+        size = self.page.viewport_size or {"width": 1400, "height": 1100}
+        tall = int(self.find(selector).evaluate("(e) => e.getBoundingClientRect().height")) + 400
+        self.page.set_viewport_size({"width": size["width"], "height": max(size["height"], tall)})
+        self.find(selector).screenshot(path=path, animations="disabled")
+        self.page.set_viewport_size(size)  # type: ignore[arg-type]
         return path
 
     def bad_outputs(self) -> list[str]:

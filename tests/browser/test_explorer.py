@@ -101,7 +101,9 @@ def test_a_click_on_a_patch_shows_its_lens_and_where_it_goes(shown):
 def test_what_is_painted_on_the_frames(shown):
     select = ".vl-explorer select[aria-label='on the frames']"
     for overlay in ("lens: p(answer)", "effect of each frame"):
-        moved(shown, MAIN, lambda o=overlay: shown.find(select).select_option(o), f"app.overlay == {overlay!r}")
+        moved(
+            shown, MAIN, lambda o=overlay: shown.find(select).select_option(o), f"app.overlay == {overlay!r}"
+        )
     assert shown.kernel("bool(np.isfinite(app.strip.result().values).all())")
     moved(shown, MAIN, lambda: shown.find(select).select_option("nothing"), "app.overlay == 'nothing'")
 
@@ -203,7 +205,9 @@ def test_stop_ends_a_long_trace_and_keeps_what_there_is(shown):
     assert 0 < done < shown.kernel("app.traced.values.size")
     shown.page.wait_for_selector(".vl-explorer button[aria-label='Stop']:disabled")
     assert shown.kernel("int(np.isfinite(app.traced.values).sum())") == done  # nothing runs on
-    assert shown.kernel("hooks() == open_hooks and app.session.answer(type(app.policy)(cuts=()), 'x').p == app.clean.p")
+    assert shown.kernel(
+        "hooks() == open_hooks and app.session.answer(type(app.policy)(cuts=()), 'x').p == app.clean.p"
+    )
     shown.run("app.session.usual = usual")
 
 

@@ -90,6 +90,18 @@ def test_a_slice_is_chosen_and_drawn(shown):
     shown.until_drawn(".vl-heat", f"Math.abs(gd._fullData[0].z[0][1] - {wanted[0][1]}) < 1e-9")
 
 
+def test_the_arrow_keys_are_the_pickers(shown):
+    """JupyterLab has arrows of its own, which would move on to the next cell."""
+    shown.find(".vl-heat .vl-pick-layer select").focus()
+    active = shown.page.evaluate("() => window.jupyterapp.shell.currentWidget.content.activeCellIndex")
+    before = shown.kernel("heat_view.pickers['layer'].value")
+    shown.page.keyboard.press("ArrowDown")
+    shown.until(f"heat_view.pickers['layer'].value != {before} and heat_view.selection.layer is not None")
+    assert (
+        shown.page.evaluate("() => window.jupyterapp.shell.currentWidget.content.activeCellIndex") == active
+    )
+
+
 def test_a_click_adds_a_head_and_takes_it_out(shown):
     figure = ".vl-heads .js-plotly-plot"
     moved(shown, figure, lambda: shown.click_point(".vl-heads", 2, 4), "heads_view.heads == ((5, 2),)")
