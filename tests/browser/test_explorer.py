@@ -87,11 +87,13 @@ def test_the_slider_scrubs_the_video(shown):
 
 
 def test_a_click_on_a_patch_shows_its_lens_and_where_it_goes(shown):
-    box = shown.find(MAIN).bounding_box()
-    rows, cols = shown.kernel("app.session.positions.shape[1:]")
-    x, y = box["x"] + box["width"] * 2.5 / cols, box["y"] + box["height"] * 1.5 / rows
     flow = shown.pixels(".vl-layers canvas")
-    moved(shown, MAIN, lambda: shown.page.mouse.click(x, y), "app.selection.patch == (1, 2)")
+
+    def click() -> None:
+        box, (rows, cols) = shown.find(MAIN).bounding_box(), shown.kernel("app.session.positions.shape[1:]")
+        shown.page.mouse.click(box["x"] + box["width"] * 2.5 / cols, box["y"] + box["height"] * 1.5 / rows)
+
+    moved(shown, MAIN, click, "app.selection.patch == (1, 2)")
     assert shown.kernel("app.selection.token == int(app.session.positions[app.selection.frame, 1, 2])")
     frame = shown.kernel("app.selection.frame")
     shown.page.wait_for_selector(f".vl-lens-table th:has-text('f{frame} r1 c2')")
@@ -185,9 +187,9 @@ def test_saved_reopened_and_run_in_a_fresh_process(shown, server):
 def run_again(path: Path, folder: Path) -> np.ndarray:
     """[run, choice] of `vlab run` in a process of its own."""
     out = folder / "again"
-    command = [sys.executable, "-m", "lab.cli.main", "run", str(path), "--out", str(out)]
+    command = [str(Path(sys.executable).parent / "vlab"), "run", str(path), "--out", str(out)]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     (saved,) = out.rglob("*.npz")
     return Result.load(saved).values[0]
