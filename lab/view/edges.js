@@ -51,6 +51,7 @@ function render({ model, el }) {
 
   function load() {
     cells = numbers(model.get("cells"), Uint8Array).slice();
+    if (said.textContent) tell(...focus);
     ask();
   }
 

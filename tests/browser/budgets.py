@@ -22,14 +22,14 @@ from tests.browser.server import jupyterlab
 
 TARGETS = {"strip": 80.0, "heat": 150.0, "apply": 200.0, "stop": 1000.0}
 ROUNDS = 15
-# Presses a button and waits for a change of an attribute or of text below `watch`, then for two screen frames.
+# Presses a button and waits until `watch` has painted (data-paints) or its text has changed, then for two screen frames.
 TIMED = """async ([press, watch]) => {
     const button = document.querySelector(press), watched = document.querySelector(watch);
     const frames = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
     const changed = new Promise((done, fail) => {
         const timer = setTimeout(() => fail(new Error(`nothing changed in ${watch}`)), 30000);
         new MutationObserver((_, o) => { o.disconnect(); clearTimeout(timer); done(); }).observe(watched,
-            { attributes: true, attributeFilter: ["data-paints", "disabled"], childList: true, characterData: true, subtree: true });
+            watched.dataset.paints ? { attributes: true, attributeFilter: ["data-paints"] } : { childList: true, subtree: true });
     });
     const start = performance.now();
     button.click();
@@ -49,7 +49,7 @@ def strip_result():
 strip = FrameStrip(strip_result(), rng.integers(0, 255, (32, 224, 224, 3), dtype=np.uint8))
 coords = {"layer": range(1, 29), "frame": range(32), "option": list("ABCDEFGH")}
 heat = HeatMap(Result(rng.random((28, 32, 8)), ("layer", "frame", "option"), coords, "share", {}, "heat"), x="frame")
-turn = iter(range(10**6))
+turn = iter(range(1, 10**6))
 def pressed(name, act):
     button = W.Button(description=name)
     button.add_class(f"press-{name}")

@@ -155,6 +155,27 @@ def test_the_editor_by_keyboard_with_a_preset_layers_and_heads(shown):
     reset(shown)
 
 
+def test_lens_table_and_maps_choose_layer_token_and_frame(shown):
+    shown.run("app.selection.set(layer=8, frame=0, token=None); app.wait(20)")
+    table = ".vl-explorer .vl-lens-table"
+    moved(
+        shown,
+        table,
+        lambda: shown.find(f"{table} td[data-i='2'][data-j='1']").click(),
+        "app.selection.layer == 3",
+    )
+    assert shown.kernel("app.selection.token in app.lens.result().notes['where']['position']")
+    word = shown.kernel("app.lens.widget().words[0]")
+    moved(
+        shown, table, lambda: shown.find(".vl-lens select").select_option(word), f"app.lens.settings()['followed'] == {word!r}"
+    )  # fmt: skip
+    depth = ".vl-depth canvas.vl-map-canvas"
+    shown.find(depth).focus()
+    before = shown.kernel("app.selection.layer")
+    moved(shown, depth, lambda: shown.page.keyboard.press("ArrowUp"), f"app.selection.layer == {before + 1}")
+    moved(shown, depth, lambda: shown.page.keyboard.press("ArrowRight"), "app.selection.frame == 1")
+
+
 def test_runs_are_pinned(shown):
     reset(shown)
     moved(shown, ".vl-answers", lambda: button(shown, "Pin this run"), "len(app.pinned) == 1")
@@ -187,7 +208,7 @@ def test_saved_reopened_and_run_in_a_fresh_process(shown, server):
 def run_again(path: Path, folder: Path) -> np.ndarray:
     """[run, choice] of `vlab run` in a process of its own."""
     out = folder / "again"
-    command = [str(Path(sys.executable).parent / "vlab"), "run", str(path), "--out", str(out)]
+    command = [sys.executable, "-m", "lab.cli.main", "run", str(path), "--out", str(out)]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
