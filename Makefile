@@ -12,12 +12,13 @@ BIN    := .venv/bin
 # Two threads: more gains nothing on models this small. Tests and demo never ask a hub.
 ENV    := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup demo test test-oldest lab lint format clean
+.PHONY: help setup demo test test-oldest browser lab lint format clean
 
 help:
 	@echo 'make demo         a video, a question, an answer, and where it came from: out/demo/'
 	@echo 'make test         the test suite'
 	@echo 'make test-oldest  the parity tests on the oldest transformers we support'
+	@echo 'make browser      the widgets in a real JupyterLab in chromium (installed with apt if missing)'
 	@echo 'make lab          JupyterLab with the notebooks, on this machine only'
 	@echo 'make lint         ruff and pyright'
 	@echo 'make format       what ruff can fix by itself'
@@ -36,6 +37,10 @@ test: setup
 test-oldest:
 	@sh .ci/setup .venv-oldest '$(PYTHON)' '$(TORCH)' $(OLDEST)
 	@$(ENV) .venv-oldest/bin/python -m pytest $(PARITY)
+
+browser: setup
+	@.ci/browser
+	@$(ENV) $(BIN)/python -m pytest tests/browser -m browser
 
 lab: setup
 	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. $(ARGS)

@@ -40,7 +40,7 @@ def _row(i: int, name: str, runs: Sequence[Column], right: int | None) -> str:
 
 def _cell(run: Column, i: int, kind: int) -> str:
     chosen = " class='vl-said-it'" if run.p[i] == max(run.p) else ""
-    bar = f"<span class='vl-tick vl-tick{kind}' style='width:{60 * run.p[i]:.1f}px'></span>"
+    bar = f"<span class='vl-tick vl-tick{kind}' style='width:{36 * run.p[i]:.1f}px'></span>"
     return f"<td{chosen} data-p='{run.p[i]!r}'>{bar} {text(run.p[i])}</td>"
 
 

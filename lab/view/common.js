@@ -24,9 +24,16 @@ function labelled(words, control) {
   return make("label", { class: "vl-label" }, words, control);
 }
 
-// Jupyter's own shortcuts (a, b, arrows, Ctrl+Z ...) must not fire while the keyboard is inside a widget.
+// Jupyter's own shortcuts (a, b, arrows, Ctrl+Z ...) must not fire while the keyboard is inside a widget. The attribute
+// does not suffice: a shortcut whose selector fits the focused element itself is found before the attribute is.
+function keep(event) {
+  const held = event.ctrlKey || event.metaKey || event.altKey;
+  if (!held || ["z", "y"].includes(event.key.toLowerCase())) event.stopPropagation();
+}
+
 function open(el, name, label) {
   const root = make("div", { class: `vl-view ${name}`, role: "group", "aria-label": label, "data-lm-suppress-shortcuts": "true" });
+  root.addEventListener("keydown", keep);
   el.append(root);
   return root;
 }
@@ -85,7 +92,8 @@ function scaleBar(model, changed) {
       pen.fillRect((i * 120) / steps, 0, 120 / steps + 1, 12);
     }
     const [a, b] = model.get("limits");
-    low.value = short(a); high.value = short(b); pin.checked = model.get("pinned");
+    for (const [input, end] of [[low, a], [high, b]]) if (document.activeElement !== input) input.value = short(end);
+    pin.checked = model.get("pinned");
     unit.textContent = model.get("unit");
     bar.setAttribute("aria-label", `Colour scale from ${short(a)} to ${short(b)} ${model.get("unit")}`);
   }

@@ -51,6 +51,7 @@ function render({ model, el }) {
 
   function load() {
     cells = numbers(model.get("cells"), Uint8Array).slice();
+    if (said.textContent) tell(...focus);
     ask();
   }
 
@@ -74,7 +75,7 @@ function render({ model, el }) {
     error.textContent = model.get("error");
     undo.disabled = !model.get("can_undo"); redo.disabled = !model.get("can_redo");
     apply.setAttribute("aria-busy", String(model.get("busy")));
-    [first.value, last.value] = model.get("layers");
+    [first, last].forEach((input, i) => { if (document.activeElement !== input) input.value = model.get("layers")[i]; });
     const on = new Set(model.get("heads"));
     [...heads.children].forEach((b, h) => b.setAttribute("aria-pressed", String(on.has(h))));
   }

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from lab.errors import UsageError
 from lab.result import write_bytes
 from lab.view.palette import anchors, grey, rgba_scale, stroke
-from lab.view.specs import FigureSpec, mosaic, wrapped
+from lab.view.specs import FigureSpec, Mark, mosaic, wrapped
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib, so the same everywhere
@@ -37,6 +37,7 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
 }
+HATCHES = ("", "//", "xx", "..")  # bars stay apart in print without colour
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -92,10 +93,45 @@ def styled() -> Iterator[None]:
 
 def _lines(ax: Axes, spec: FigureSpec) -> None:
     curves(ax, spec)
+    for mark in spec.marks:
+        _mark(ax, mark)
+    _named(ax, spec)
+
+
+def _named(ax: Axes, spec: FigureSpec) -> None:
+    """Legend, ticks and labels of lines and bars."""
     if len(spec.series) > 1:
         ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
     ax.set_xticks(*spec.x_ticks())
     ax.set(xlabel=spec.x_label, ylabel=spec.y_label)
+
+
+def _mark(ax: Axes, mark: Mark) -> None:
+    """A line with its text beside it; triangles at the foot go without text (the caption says what they are)."""
+    foot = ax.get_xaxis_transform()  # x in data, y in shares of the panel
+    if not mark.line:
+        ax.plot([mark.x], [0.02], marker="v", color="#8C8C8C", markersize=5, transform=foot, clip_on=False)
+        return
+    ax.axvline(mark.x, color="#555555", linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
+    ax.text(mark.x, 1.0, f" {mark.text}", fontsize=8, color="#555555", va="top", transform=foot)
+
+
+def _bars(ax: Axes, spec: FigureSpec) -> None:
+    x, values, n = np.array(spec.x_numbers()), spec.masked(), max(1, len(spec.series))
+    for i, name in enumerate(spec.series):
+        at, s, bounds = x + (i - (n - 1) / 2) * 0.8 / n, stroke(i), None
+        if spec.low is not None and spec.high is not None:
+            # an interval of the bootstrap need not hold the mean; an error bar cannot be negative
+            bounds = np.nan_to_num(
+                np.maximum([values[i] - spec.low[i], spec.high[i] - values[i]], 0.0).astype(float)
+            )
+        ax.bar(
+            at, values[i], 0.8 / n, color=s.colour, hatch=HATCHES[i % len(HATCHES)], edgecolor="white", yerr=bounds,
+            label=name, error_kw={"linewidth": 1.0, "capsize": 2.5},
+        )  # fmt: skip
+    if spec.limits is not None:
+        ax.set_ylim(spec.limits)
+    _named(ax, spec)
 
 
 def curves(ax: Axes, spec: FigureSpec, *, size: float | None = None) -> None:
@@ -124,13 +160,26 @@ def curves(ax: Axes, spec: FigureSpec, *, size: float | None = None) -> None:
 
 
 def _heat(ax: Axes, spec: FigureSpec) -> None:
+    draw_cells(ax, spec)
+    name_places(ax, spec)
+    ax.set(ylabel=spec.y_label)
+
+
+def name_places(ax: Axes, spec: FigureSpec, most: int = 16) -> None:
+    """Ticks and title along x; names too long to stand side by side are turned."""
+    at, words = spec.x_ticks(most)
+    turned = sum(len(w) for w in words) > 48
+    ax.set_xticks(at, words, rotation=35 if turned else 0, ha="right" if turned else "center")
+    ax.set_xlabel(spec.x_label)
+
+
+def draw_cells(ax: Axes, spec: FigureSpec, *, bar: bool = True) -> None:
+    """The cells of a heat map with the names of its rows and its colour bar."""
     z = spec.masked()
     edges = np.arange(len(spec.x) + 1) - 0.5, np.arange(len(spec.series) + 1) - 0.5
-    _cells(ax, spec, *edges, z, np.isnan(z))
-    ax.set_xticks(*spec.x_ticks())
+    _cells(ax, spec, *edges, z, np.isnan(z), bar=bar)
     every = max(1, -(-len(spec.series) // 24))
     ax.set_yticks(range(0, len(spec.series), every), spec.series[::every])
-    ax.set(xlabel=spec.x_label, ylabel=spec.y_label)
     if not spec.y_up:
         ax.invert_yaxis()
 
@@ -160,7 +209,7 @@ def _table(ax: Axes, spec: FigureSpec) -> None:
         table.set_fontsize(8)
 
 
-def _cells(ax: Axes, spec: FigureSpec, x: Any, y: Any, z: Any, bad: Any) -> None:
+def _cells(ax: Axes, spec: FigureSpec, x: Any, y: Any, z: Any, bad: Any, *, bar: bool = True) -> None:
     lo, hi = spec.limits or (0.0, 1.0)
     mesh = ax.pcolormesh(x, y, np.ma.masked_invalid(z), cmap=_colormap(spec), vmin=lo, vmax=hi, zorder=1)
     if bad.any():
@@ -173,6 +222,8 @@ def _cells(ax: Axes, spec: FigureSpec, x: Any, y: Any, z: Any, bad: Any) -> None
         )
     figure = ax.get_figure()
     assert isinstance(figure, Figure)
+    if not bar:
+        return
     shrink = 0.8 if spec.kind == "strip" else 1.0
     figure.colorbar(
         mesh, ax=ax, label=spec.unit, shrink=shrink, ticks=MaxNLocator(5), pad=0.02, fraction=0.06
@@ -191,6 +242,7 @@ def _strip_size(spec: FigureSpec) -> tuple[float, float]:
 
 _PLAN: dict[str, tuple[Callable[[Axes, FigureSpec], None], Callable[[FigureSpec], tuple[float, float]]]] = {
     "lines": (_lines, lambda s: (7.6 if len(s.series) > 1 else 6.0, 3.9)),
+    "bars": (_bars, lambda s: (7.6 if len(s.series) > 1 else 6.0, 3.9)),
     "heat": (_heat, lambda s: (6.8, float(np.clip(1.4 + 0.24 * len(s.series), 2.6, 9.0)))),
     "strip": (_strip, _strip_size),
     "table": (_table, lambda s: (max(5.0, 1.5 * len(s.columns)), 1.2 + 0.24 * min(61, len(s.rows)))),

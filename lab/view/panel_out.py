@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import io
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -11,11 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
 from plotly.subplots import make_subplots
 
-from lab.errors import UsageError
-from lab.result import write_bytes
 from lab.view.facets import Panel
-from lab.view.matplotlib_out import SUFFIXES, curves, styled
-from lab.view.pages import POLICY
+from lab.view.matplotlib_out import curves, styled
+from lab.view.pictures import write_picture
 from lab.view.plotly_out import Figure, add_curves
 from lab.view.specs import FigureSpec, wrapped
 
@@ -24,24 +20,9 @@ CELL = (2.5, 1.75)  # inches
 
 def save_panel(panel: Panel, path: str | Path) -> Path:
     """Writes .png, .svg or .pdf (matplotlib) or .html (plotly, no network)."""
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix == ".html":
-        page = panel_plotly(panel).to_html(include_plotlyjs=True)
-        rule = f'<head><meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{html.escape(panel.title)}</title>'
-        return write_bytes(path, page.replace("<head>", rule, 1).encode())
-    if suffix not in SUFFIXES:
-        raise UsageError(f"cannot tell the format of {path}; end its name in {', '.join(SUFFIXES)} or .html")
-    out = io.BytesIO()
-    with styled():
-        # no dates: the same panel gives the same bytes
-        empty = {
-            ".png": {"Software": None},
-            ".svg": {"Date": None},
-            ".pdf": {"CreationDate": None, "ModDate": None},
-        }
-        panel_matplotlib(panel).savefig(out, format=suffix[1:], dpi=130, metadata=empty[suffix])
-    return write_bytes(path, out.getvalue())
+    return write_picture(
+        path, draw=lambda: panel_matplotlib(panel), page=lambda: panel_plotly(panel), title=panel.title
+    )
 
 
 def panel_matplotlib(panel: Panel) -> Picture:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lab.view.palette import anchors, grey, rgb, rgba_scale, stroke
-from lab.view.specs import FigureSpec, mosaic, text
+from lab.view.specs import FigureSpec, Mark, mosaic, text
 
 # No upload button, no logo. Names that a plotly release does not know are ignored by it.
 CONFIG: dict[str, Any] = {
@@ -24,6 +24,7 @@ CONFIG: dict[str, Any] = {
     "showSendToCloud": False,
     "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "select2d", "lasso2d", "autoScale2d"],
 }
+PATTERNS = ("", "/", "x", ".")  # bars stay apart without colour
 THUMBNAIL = 240  # pixels of the longer side of a frame below a strip
 
 
@@ -52,7 +53,8 @@ class Figure(go.Figure):
 def to_plotly(spec: FigureSpec) -> Figure:
     """The figure as plotly draws it."""
     fig = Figure()
-    {"lines": _lines, "heat": _heat, "strip": _strip, "table": _table}[spec.kind](fig, spec)
+    draw = {"lines": _lines, "bars": _bars, "heat": _heat, "strip": _strip, "table": _table}
+    draw[spec.kind](fig, spec)
     fig.update_layout(
         template="none",
         title={"text": _safe(spec.title), "x": 0, "xref": "paper", "font": {"size": 16}},
@@ -91,11 +93,52 @@ def _lines(fig: Figure, spec: FigureSpec) -> None:
     _x_axis(fig, spec)
     if not any(isinstance(c, str) for c in spec.x):
         fig.update_xaxes(unifiedhovertitle={"text": f"{_safe(spec.x_label)} %{{x}}"})
+    for mark in spec.marks:
+        _mark(fig, mark)
+    _value_axis(fig, spec)
+
+
+def _bars(fig: Figure, spec: FigureSpec) -> None:
+    x, values = spec.x_numbers(), spec.masked()
+    for i, name in enumerate(spec.series):
+        bounds = None
+        if spec.low is not None and spec.high is not None:
+            bounds = {
+                "array": spec.high[i] - values[i],
+                "arrayminus": values[i] - spec.low[i],
+                "thickness": 1.4,
+                "color": "#888888",
+            }
+        fig.add_trace(go.Bar(
+            x=x, y=values[i], name=_safe(name), error_y=bounds, hovertemplate=f"<b>%{{y:.4g}}</b><extra>{_safe(name)}</extra>",
+            marker={"color": stroke(i).colour, "pattern": _pattern(i)},
+        ))  # fmt: skip
+    _x_axis(fig, spec)
+    _value_axis(fig, spec)
+
+
+def _pattern(i: int) -> dict[str, Any]:
+    return {"shape": PATTERNS[i % len(PATTERNS)], "fillmode": "overlay", "fgcolor": "#ffffff", "fgopacity": 0.7, "size": 7}  # fmt: skip
+
+
+def _value_axis(fig: Figure, spec: FigureSpec) -> None:
+    """The axis of the values, and the legend below, of lines and bars."""
     fig.update_yaxes(
         title=_safe(spec.y_label), range=spec.limits, zeroline=False, gridcolor="rgba(128,128,128,0.25)"
     )
     legend = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "font": {"size": 13}, "itemwidth": 40}
     fig.update_layout(height=430, showlegend=len(spec.series) > 1, legend=legend)
+
+
+def _mark(fig: Figure, mark: Mark) -> None:
+    if mark.line:
+        fig.add_vline(x=mark.x, line={"color": "#888", "width": 1.2, "dash": "dash"})
+        fig.add_annotation(x=mark.x, y=1, yref="paper", text=_safe(mark.text), showarrow=False, xanchor="left", yanchor="top", font={"size": 11})  # fmt: skip
+        return
+    fig.add_annotation(
+        x=mark.x, y=0, yref="paper", text="\u25bc", hovertext=_safe(mark.text), showarrow=False, yanchor="bottom",
+        font={"size": 11, "color": "#8c8c8c"},
+    )  # fmt: skip
 
 
 def add_curves(fig: Figure, spec: FigureSpec, *, row: int, col: int, group: str, legend: bool) -> None:

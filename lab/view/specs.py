@@ -6,6 +6,7 @@ Both back ends draw from the same FigureSpec, so the picture in the notebook and
     (layer), (pathway, layer), ...            lines   one curve per text coordinate, band = interval
     two other axes                            heat    last axis to the right
     (frame, row, col)                         strip   token heat over the frames
+    on request: one or two axes               bars    like lines, where nothing lies between two coordinates
     anything else                             table
 """
 
@@ -24,8 +25,8 @@ from numpy.typing import NDArray
 from lab.errors import UsageError
 from lab.result import Result
 
-Kind = Literal["lines", "heat", "strip", "table"]
-KINDS: tuple[Kind, ...] = ("lines", "heat", "strip", "table")
+Kind = Literal["lines", "bars", "heat", "strip", "table"]
+KINDS: tuple[Kind, ...] = ("lines", "bars", "heat", "strip", "table")
 AVERAGED = ("item", "seed")  # axes a figure averages over
 MAX_CURVES = 8
 LABELS = {
@@ -52,17 +53,27 @@ LABELS = {
 }
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at one place along x: a line across the panel, or a triangle at its foot."""
+
+    x: float
+    text: str
+    line: bool = True
+
+
 @dataclass(frozen=True, eq=False)
 class FigureSpec:
     """One figure.
 
-    values   lines [curve, x], heat [y, x], strip [frame, row, col]; nan and infinities still in it
-    low, high   interval of lines, same shape
-    series   names of the curves (lines), labels of the rows (heat), labels of the frames (strip)
-    x        coordinates along x (lines, heat)
+    values   lines and bars [curve, x], heat [y, x], strip [frame, row, col]; nan and infinities still in it
+    low, high   interval of lines and bars, same shape
+    series   names of the curves (lines, bars), labels of the rows (heat), labels of the frames (strip)
+    x        coordinates along x (lines, bars, heat)
     limits   ends of the value axis (None: the back end's choice) or of the colour scale
     reference   the value that means "nothing happened": a line across the panel
     y_up     heat: first row at the bottom
+    marks    lines: what happened where
     frames   strip: pictures below the heat, uint8 [frame, height, width, 3]
     columns, rows   table
     reading  one sentence that says what stands out; alt: the figure in words
@@ -82,6 +93,7 @@ class FigureSpec:
     diverging: bool = False
     reference: float | None = None
     y_up: bool = False
+    marks: tuple[Mark, ...] = ()
     frames: NDArray[np.uint8] | None = None
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
@@ -127,7 +139,8 @@ def figure_spec(
         result = result.mean(axis)
     if kind is not None and kind not in KINDS:
         raise UsageError(f"no figure kind {kind!r}; the kinds are {', '.join(KINDS)}")
-    make = {"lines": _lines, "heat": _heat, "strip": _strip, "table": _table}[kind or kind_of(result)]
+    makers = {"lines": _lines, "bars": _bars, "heat": _heat, "strip": _strip, "table": _table}
+    make = makers[kind or kind_of(result)]
     spec = make(result)
     spec = replace(
         spec,
@@ -210,6 +223,10 @@ def _lines(r: Result) -> FigureSpec:
         "lines", "", r.unit, values, low, high, series, x=tuple(r.coords[x]), x_label=label(x), y_label=r.unit,
         reference=0.0 if r.baseline is None else r.baseline,
     )  # fmt: skip
+
+
+def _bars(r: Result) -> FigureSpec:
+    return replace(_lines(r), kind="bars")
 
 
 def _heat(r: Result) -> FigureSpec:
@@ -340,11 +357,12 @@ def _reading(r: Result, spec: FigureSpec) -> str:
 
 
 def _alt(spec: FigureSpec) -> str:
-    what = {"lines": "Line chart", "heat": "Heat map", "strip": "Heat over video frames", "table": "Table"}[
-        spec.kind
-    ]
+    what = {
+        "lines": "Line chart", "bars": "Bar chart", "heat": "Heat map", "strip": "Heat over video frames", "table": "Table",
+    }[spec.kind]  # fmt: skip
     size = {
         "lines": f"{len(spec.series)} curve{'s' * (len(spec.series) != 1)} over {spec.x_label.lower()}: {', '.join(spec.series)}",
+        "bars": f"{len(spec.series)} bar{'s' * (len(spec.series) != 1)} for each {spec.x_label.lower()}: {', '.join(spec.series)}",
         "heat": f"{spec.y_label.lower()} by {spec.x_label.lower()}, {' by '.join(str(n) for n in spec.values.shape)} cells",
         "strip": " by ".join(str(n) for n in spec.values.shape) + " tokens (frames, rows, columns)",
         "table": f"{len(spec.rows)} rows",
