@@ -20,7 +20,6 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
 OUT = FOLDER.parent / "out" / "notebooks"
-PROTOCOLS = ("application/vnd.jupyter.widget-state+json",)
 
 
 def sources() -> list[Path]:
@@ -67,10 +66,12 @@ def run(source: Path) -> float:
         resources={"metadata": {"path": str(FOLDER)}},
     )  # fmt: skip
     began = time.monotonic()
-    client.execute()
-    spent = time.monotonic() - began
-    OUT.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, OUT / f"{source.stem}.ipynb")
+    try:
+        client.execute()
+    finally:
+        spent = time.monotonic() - began
+        OUT.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, OUT / f"{source.stem}.ipynb")
     noise = stderr_of(notebook)
     if noise:
         raise RuntimeError(f"{source.stem} writes to stderr: {noise[:500]}")
