@@ -9,6 +9,7 @@ The header's `lab: budget_seconds` is the notebook's own limit, wall clock, on a
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -57,15 +58,18 @@ def budget(notebook: nbformat.NotebookNode) -> float:
     return float(notebook.metadata["lab"]["budget_seconds"])
 
 
-def run(source: Path) -> float:
-    """Execute a notebook as JupyterLab would; seconds it took. Raises what a cell raises, and TimeoutError beyond its budget."""
+def run(source: Path) -> tuple[float, float]:
+    """Execute a notebook as JupyterLab would: seconds it took, and of them the kernel computed.
+
+    Raises what a cell raises, RuntimeError for anything written to stderr, and TimeoutError beyond the budget.
+    """
     notebook = notebook_of(source)
     limit = budget(notebook)
     client = NotebookClient(
         notebook, timeout=limit, kernel_name="python3", store_widget_state=False,
         resources={"metadata": {"path": str(FOLDER)}},
     )  # fmt: skip
-    began = time.monotonic()
+    began, computed = time.monotonic(), _kernels()
     try:
         client.execute()
     finally:
@@ -77,7 +81,13 @@ def run(source: Path) -> float:
         raise RuntimeError(f"{source.stem} writes to stderr: {noise[:500]}")
     if spent > limit:
         raise TimeoutError(f"{source.stem} took {spent:.1f} s, its budget is {limit:.0f} s")
-    return spent
+    return spent, _kernels() - computed
+
+
+def _kernels() -> float:
+    """Seconds that the kernels ended so far have computed, over all threads."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended.ru_utime + ended.ru_stime
 
 
 def stderr_of(notebook: nbformat.NotebookNode) -> str:
@@ -102,7 +112,9 @@ def main() -> None:
     if args.what == "write":
         return write()
     for source in chosen(args.names):
-        print(f"{source.stem:<28} {run(source):5.1f} s of {budget(notebook_of(source)):.0f} s", flush=True)
+        spent, computed = run(source)
+        allowed = budget(notebook_of(source))
+        print(f"{source.stem:<28} {spent:5.1f} s of {allowed:.0f} s ({computed:.1f} s computing)", flush=True)
 
 
 if __name__ == "__main__":

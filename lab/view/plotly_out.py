@@ -167,8 +167,8 @@ def _heat(fig: Figure, spec: FigureSpec) -> None:
     every = max(1, -(-len(spec.series) // 24))
     names = [_safe(s) for s in spec.series]
     fig.update_yaxes(
-        title=_safe(spec.y_label), tickvals=places["y"][::every], ticktext=names[::every], showgrid=False, zeroline=False,
-        autorange=True if spec.y_up else "reversed", automargin=True,
+        title={"text": _safe(spec.y_label), "standoff": 14}, tickvals=places["y"][::every], ticktext=names[::every],
+        showgrid=False, zeroline=False, autorange=True if spec.y_up else "reversed", automargin=True,
     )  # fmt: skip
     fig.update_layout(height=int(np.clip(160 + 22 * len(spec.series), 300, 760)))
 
