@@ -31,11 +31,13 @@ _SURFACE = {
     "errors": ("lab.errors", ""),
     "edges": ("lab.edges", ""),
     "apply": ("lab.edges.applying", "apply"),
+    "compare": ("lab.comparison", "compare"),
 }
 
 if TYPE_CHECKING:
     from lab import edges, errors
     from lab.carriers import Frames, TokenMap, VideoQA
+    from lab.comparison.comparing import compare
     from lab.edges.applying import apply
     from lab.environment import about
     from lab.items import load_items
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "about",
     "apply",
+    "compare",
     "edges",
     "errors",
     "load",

@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from lab.bench import models
-from lab.bench.measuring import median_ratio, paired, peak_bytes, setting, write
+from lab.bench.measuring import counted_flops, median_ratio, paired, peak_bytes, setting, write
 from lab.learn import lowrank
 from lab.mechanisms.mixture_of_depths import MixtureOfDepths
 from lab.model.cache import KVCache
@@ -59,13 +58,6 @@ def layer_flops(shape: models.Shape, n: int) -> float:
     d_kv = shape.kv_heads * shape.d // shape.heads
     matrices = 2 * n * shape.d * (2 * shape.d + 2 * d_kv) + 6 * n * shape.d * shape.mlp
     return matrices + 4 * n * (n / 2) * shape.d
-
-
-def counted_flops(work: Callable[[], Any]) -> int:
-    """FLOPs torch counts during `work` (attention as its kernel is counted: all pairs, masked or not)."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def counts(model: VideoLLM, shape: models.Shape, ready: Ready, m: MixtureOfDepths) -> dict[str, Any]:

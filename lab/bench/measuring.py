@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 PACKAGES = ("torch", "transformers", "transformer-lens", "accelerate", "numpy")
 
@@ -40,6 +41,22 @@ def peak_bytes(work: Callable[[], Any], device: torch.device | str = "cpu") -> i
         kept = work()
     del kept
     return _peak(profile)
+
+
+def counted_flops(work: Callable[[], Any]) -> int:
+    """FLOPs torch counts during `work` (attention over all pairs, masked or not, whichever kernel ran).
+
+    Without our entry torch counts nothing for the kernel that attention takes on a CPU.
+    """
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={cpu: _attention_flops}) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kw: Any) -> int:
+    """torch hands over shapes in place of tensors."""
+    return sdpa_flop_count(q, k, v)
 
 
 def _peak(profile: Any) -> int:

@@ -202,6 +202,31 @@ def sweep(
     _finish(work, as_json)
 
 
+@app.command(short_help="Switch mechanisms on, and compare what happens inside.")
+def compare(
+    items: Annotated[str, typer.Option("--items", metavar="FILE", help="Questions: .jsonl or .yaml, a TVBench or MVBench .json, or simulated ones: sim:TASKS:N:SEED.")],
+    mechanism: Annotated[list[str] | None, typer.Option("--mechanism", metavar="NAME", help="A file of lab.mechanisms, e.g. differential_token_drop, its settings after a colon: mixture_of_depths:keep=0.2; several at once with +. Repeat for more.")] = None,
+    variant: Annotated[list[str] | None, typer.Option("--variant", metavar="MODEL", help="Another model of the same shape, with what it was trained with: tiny-mod. Repeat for more.")] = None,
+    model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None, window: Window = None,
+    controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Also random choices of the same budget.")] = True,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Rounds of timing; 0: no costs.")] = 5,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/compare",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """What a mechanism does to the internals: residual stream, attention, knock-outs, depth, answers, costs.
+
+    Writes report.html, a file for every Result and recipe.yaml to FOLDER. Can be interrupted: the same command goes on.
+    """
+    from lab.cli import asking, comparing
+
+    def work() -> Reply:
+        setting = asking.Setting(model, device, dtype, frames, None)
+        more = {"controls": controls, "rounds": rounds, "window": window}
+        return comparing.compare(items, mechanism or [], variant or [], setting, out, more)
+
+    _finish(work, as_json)
+
+
 @app.command(short_help="Find the attention edges a model needs.")
 def prune(
     items: Annotated[str, typer.Option("--items", metavar="FILE", help='Calibration questions: .jsonl or .yaml, or a simulator task: \'{"sim": "moving_direction", "n": 128}\'.')],

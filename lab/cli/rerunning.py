@@ -28,7 +28,8 @@ def rerun(path: str, out: str | None) -> Reply:
     recipe = load(path)
     before = _saved(Path(path).resolve().parent)
     results = resumable(recipe, None if out is None else Path(out))
-    files = [] if out is None else write_results(results, Path(out))
+    write = getattr(recipe, "write", write_results)
+    files = [] if out is None else write(results, Path(out))
     apart = None if before is None else difference(results[0], before)
     data = {
         "recipe": recipe.id, "kind": recipe.kind, "max_difference": apart, "files": [str(f) for f in files],

@@ -85,7 +85,7 @@ def _check(asked: Asked, setting: Setting) -> None:
 
 
 def _recipe(asked: Asked, setting: Setting, source: Any, model: Any) -> Any:
-    from lab.cli.tracing import window_for
+    from lab.edges.windows import window_for
     from lab.recipe import ModelSpec
     from probes.knockout import PATHWAYS, KnockoutRecipe
     from probes.pathways import PANEL

@@ -14,6 +14,7 @@ import numpy as np
 
 from lab.cli.asking import Setting, choice, choice_text
 from lab.cli.output import Reply
+from lab.edges.windows import window_for
 from lab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ CLIPS = Path(__file__).parents[1] / "data" / "clips"
 NOTEWORTHY = 5  # percent; smaller changes are not worth a sentence
 ALIKE = 0.95  # of the deepest fall: cuts that hurt so much hurt alike
 LONG = 60  # characters; longer answers do not go over a picture
-WINDOW = 9  # the paper's, for models of 28 layers and more
 
 
 def demonstrate(out: str) -> Reply:
@@ -165,11 +165,6 @@ def _spoken(layers: range) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def window_for(n_layers: int) -> int:
-    """Layers cut at a time when nobody says: 9, in small models an odd number near a third of the layers."""
-    return min(WINDOW, n_layers // 3 // 2 * 2 + 1)
 
 
 def path_from(folder: Path, video: str) -> str:

@@ -3,6 +3,7 @@
 shelf()                            names of the files
 load("differential_token_drop")    the module, imported when it is asked for
 plain(m), of_plain(data)           a mechanism as the plain data of a recipe, and back
+trained_with(model)                what a variant was trained with, e.g. that of lab.load("tiny-mod")
 """
 
 from __future__ import annotations
@@ -88,3 +89,11 @@ def of_plain(data: Mapping[str, Any]) -> Any:
         return found(**given)
     except (UsageError, TypeError, ValueError) as e:
         raise ConfigError(f"{file}.{name}: {e}") from None
+
+
+def trained_with(model: Any) -> tuple[Any, ...]:
+    """The mechanisms a bundled variant ("tiny-mod") was trained with, routers and all: `mechanisms=trained_with(model)`.
+
+    () for a model that was trained as it is.
+    """
+    return tuple(of_plain(m) for m in model.trained_with)

@@ -83,6 +83,10 @@ class DifferentialTokenDrop:
                 "what was kept depends on the ratio reached so far: use scope='frame' with reference='kept'"
             )
 
+    def control(self, seed: int = 0) -> RandomDrop:
+        """As many tokens dropped, of those that are compared, but at random."""
+        return RandomDrop(self, seed)
+
     def plan(self, cfg: ModelSizes) -> Plan:
         """One Stage; none if nothing is to be dropped."""
         return Plan() if self._drops_nothing else Plan(stages=(self,))
@@ -171,6 +175,32 @@ class DifferentialTokenDrop:
         first, last = _tubelet_ends(frames, vision.grid)
         as_new, as_old = (last, first) if self.compat == "released" else (first, last)
         return _patches(frames, vision.grid, as_new), _patches(frames, vision.grid, as_old)
+
+
+@dataclass(frozen=True)
+class RandomDrop:
+    """The control of a token drop: as many as `like` drops of the same video, at random among those it compares.
+
+    The draw belongs to the video and the seed: the same question always meets the same draw.
+    """
+
+    like: DifferentialTokenDrop
+    seed: int = 0
+
+    def plan(self, cfg: ModelSizes) -> Plan:
+        """One Stage; none if nothing is to be dropped."""
+        return Plan() if self.like._drops_nothing else Plan(stages=(self,))
+
+    def __call__(self, frames: Frames, vision: VisionTokens | None, query: str) -> VisionTokens:
+        """The Stage. Raises RunError as the drop itself does."""
+        drop = self.like.decide(frames, vision)
+        free = (~drop.closeness.isnan()).nonzero().squeeze(1)
+        n = int((~drop.keep).sum())
+        g = torch.Generator().manual_seed((int(frames.pixels.long().sum()) + self.seed) % (1 << 31))
+        gone = free[torch.randperm(len(free), generator=g)[:n]]
+        return self.like._left(
+            vision, replace(drop, keep=torch.ones_like(drop.keep).index_fill(0, gone, False))
+        )
 
 
 @dataclass(frozen=True)

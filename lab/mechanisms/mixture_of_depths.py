@@ -244,6 +244,14 @@ class MixtureOfDepths:
             routed, cfg.d_model, outputs=outputs, bias=self.router_bias, start=start, seed=self.seed
         )
 
+    def control(self, seed: int = 0) -> MixtureOfDepths:
+        """As many tokens in the same layers, but chosen at random. Raises UsageError for a threshold, which has no budget."""
+        if self.threshold is not None:
+            raise UsageError(
+                "threshold= keeps as many as score high, so no random choice has its budget; give keep="
+            )
+        return replace(self, selector="random", scores=None, seed=seed)
+
     def plan(self, cfg: ModelSizes) -> Plan:
         """A Detour that routes, and a Head that says what was decided. Raises UsageError for what does not fit the model."""
         ratios = self.ratios(cfg.n_layers)

@@ -31,6 +31,7 @@ from lab.slots import ModelSizes, Plan
 Place = Literal["first", "last", "each"]
 Weighting = Literal["size", "uniform"]
 Compat = Literal["paper", "released"]
+Match = Literal["similar", "random"]
 # merges of each step in the script that was released; made for segments of 5,760 tokens, capped at half of what is left
 RELEASED_STEPS = (2880, 1440, 720, 360, 180, 90, 40)
 
@@ -45,6 +46,7 @@ class SegmentMerging:
     place          of the global tokens; "each": before every segment, the mean of that segment (n_global is not used)
     weighting      means weighted by how many patches each token holds, or "uniform"
     channel_groups the matching compares the mean over so many groups of channels
+    match          "similar" tokens are merged, or, as a control, "random" ones (drawn with `seed`), as many in every step
     compat         "released": the steps of the script that was released (20 tokens left of 2,560, not 30), the order its
                    merging leaves (the unmerged first, most similar first), no global tokens, which its inference never
                    loads
@@ -61,6 +63,8 @@ class SegmentMerging:
     channel_groups: int = 16
     positions: Positions = "compact"
     compat: Compat = "paper"
+    match: Match = "similar"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -68,15 +72,28 @@ class SegmentMerging:
             ("weighting", Weighting),
             ("positions", Positions),
             ("compat", Compat),
+            ("match", Match),
         ):
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"{name}={getattr(self, name)!r}; use one of {', '.join(get_args(kind))}")
-        for name, low in (("n_segments", 1), ("keep", 1), ("n_global", 0), ("channel_groups", 1)):
+        for name, low in (
+            ("n_segments", 1),
+            ("keep", 1),
+            ("n_global", 0),
+            ("channel_groups", 1),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if name == "keep" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise UsageError(f"{name} must be a whole number from {low}, got {value!r}")
+
+    def control(self, seed: int = 0) -> SegmentMerging | None:
+        """As many merges of random tokens; None where nothing is merged."""
+        return (
+            None if self.keep is None and self.compat == "paper" else replace(self, match="random", seed=seed)
+        )
 
     def plan(self, cfg: ModelSizes) -> Plan:
         """One Stage; none if nothing is merged and nothing added. Raises UsageError if the channels do not fit."""
@@ -108,7 +125,7 @@ class SegmentMerging:
     def _merged(self, x: Tensor, grid: VideoGrid, at: Int[Tensor, " token"]) -> list[_Group]:
         steps = RELEASED_STEPS if self.compat == "released" else steps_to(len(at), self.keep)
         found = merge(
-            x[at.to(x.device)], steps, grid.weight[at].clamp_min(1e-9), channel_groups=self.channel_groups,
+            self._compared(x[at.to(x.device)]), steps, grid.weight[at].clamp_min(1e-9), channel_groups=self.channel_groups,
             weighting=self.weighting,
         )  # fmt: skip
         made = [
@@ -120,6 +137,12 @@ class SegmentMerging:
             for g in range(len(found.of))
         ]
         return made if self.compat == "released" else sorted(made, key=lambda g: -1 if g.of is None else g.of)
+
+    def _compared(self, x: Float[Tensor, "token d"]) -> Float[Tensor, "token d"]:
+        """What the matching compares."""
+        if self.match == "similar":
+            return x
+        return torch.randn(x.shape, generator=torch.Generator().manual_seed(self.seed))
 
     def _with_global(self, groups: list[_Group], segments: Sequence[Tensor], grid: VideoGrid) -> list[_Group]:
         if self.compat == "released" or not groups:

@@ -64,6 +64,10 @@ class ThumbnailAndSampling:
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise UsageError(f"{name} must be a whole number from {low}, got {value!r}")
 
+    def control(self, seed: int = 0) -> ThumbnailAndSampling | None:
+        """As many tokens of every frame, but at random places; None where all are kept."""
+        return None if self.n_samples is None else replace(self, stratify="random", seed=seed)
+
     def plan(self, cfg: ModelSizes) -> Plan:
         """A sampler that adds the thumbnail, and the Stage; nothing of what is not asked."""
         sampler = WithThumbnail(self.n_thumbnail) if self.n_thumbnail else None

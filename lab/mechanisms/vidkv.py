@@ -170,6 +170,20 @@ class VidKV:
         value = 16.0 if s.value_bits == 16 else bits_per_value(WHOLE[s.value_bits], c)
         return key, (1 - s.stp) * value + s.stp * bits_per_value("q2", c) if s.stp else value
 
+    def control(self, seed: int = 0) -> VidKV | None:
+        """As many bits, given to random channels and rows; None where no channel and no row is chosen."""
+        chooses = 1 < self.key_bits < 2 or self.stp > 0
+        return replace(self, hard="random", stp_by="random", seed=seed) if chooses else None
+
+    def kv_bytes(self, rows: int, cfg: ModelSizes, itemsize: int) -> float:
+        """Bytes of keys and values that `rows` rows of a layer take by the formula, whole groups quantised (index bytes apart)."""
+        quantised = rows - rows % self.group
+        values = cfg.n_kv_heads * cfg.d_head
+        wide = 2 * (rows - quantised) * itemsize
+        sides = zip(self.bits(cfg.d_head), (self.key_bits, self.value_bits), strict=True)
+        bits = sum(8 * itemsize if asked == 16 else taken for taken, asked in sides)
+        return values * (wide + quantised * bits / 8)
+
     def plan(self, cfg: ModelSizes) -> Plan:
         """A cache; a Head that tells of it; where rows differ by kind, a Detour that tells the cache which is which."""
         for bits, axis in ((self.key_bits, self.key_axis), (self.value_bits, self.value_axis)):

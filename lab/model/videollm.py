@@ -71,6 +71,7 @@ class VideoLLM(HookedRootModule):
     tokenizer  None for models wrapped without one: then only `prepare_inputs` works
     cfg        sizes under TransformerLens's names
     tower_calls  how often the vision side ran
+    trained_with  mechanisms a bundled variant was trained with, as plain data (see `lab.mechanisms.trained_with`)
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class VideoLLM(HookedRootModule):
         self.lock, self.pruning = SharedLock(), Pruning()
         self.tower_calls = 0
         self.spec: dict[str, Any] | None = None  # how a recipe names this model; None if it cannot
+        self.trained_with: tuple[dict[str, Any], ...] = ()
         lm = anatomy.language_model(hf)
         self.parts = anatomy.layer_parts(lm)
         self.cfg = anatomy.model_config(hf, lm)

@@ -1,0 +1,92 @@
+"""`vlab compare`: what mechanisms change inside a model, over items as `vlab sweep` names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lab.cli.asking import Setting
+from lab.cli.output import Reply, table
+from lab.cli.probing import checked
+from lab.cli.rerunning import resumable
+from lab.cli.sweeps import source_of
+from lab.cli.tracing import folder_for
+from lab.errors import ConfigError, LabError, UsageError
+from lab.yamlfile import parse_yaml
+
+if TYPE_CHECKING:
+    from lab.comparison import Report
+
+
+def compare(
+    items: str, mechanisms: Sequence[str], variants: Sequence[str], setting: Setting, out: str, more: Mapping[str, Any]
+) -> Reply:  # fmt: skip
+    """Report and data in a folder. Raises UsageError for unknown mechanisms and settings."""
+    asked = {text: described(text) for text in mechanisms}
+    if not asked and not variants:
+        raise UsageError("nothing to compare: give --mechanism, e.g. --mechanism mixture_of_depths")
+    source = source_of(items)
+    from lab.comparison import CompareRecipe, Report
+    from lab.recipe import ModelSpec
+
+    model = setting.load()
+    others = {v: checked(ModelSpec, name=v, device=setting.device or "auto", dtype=setting.dtype or "auto") for v in variants}  # fmt: skip
+    recipe = checked(
+        CompareRecipe, model=ModelSpec(**(model.spec or {})), mechanisms=asked, items=source, n_frames=setting.frames or 8,
+        variants=others, **more,
+    )  # fmt: skip
+    folder = folder_for(out)
+    report = Report.of(resumable(recipe, folder, model=model))
+    files = [str(f) for f in report.save(folder)]
+    data = {"recipe": recipe.id, "variants": report.variants, "words": report.words(), "accuracy": _accuracy(report), "files": files}  # fmt: skip
+    return Reply(data, "\n".join([_table(report), "", *report.words(), "", f"{folder / 'report.html'} and {len(files) - 1} files of data"]))  # fmt: skip
+
+
+def described(text: str) -> tuple[dict[str, Any], ...]:
+    """What `--mechanism` says, as the plain data of a recipe: NAME, NAME:field=value,..., several with +.
+
+    Raises UsageError for what cannot be read or is no mechanism.
+    """
+    return tuple(_one(part) for part in text.split("+"))
+
+
+def _one(text: str) -> dict[str, Any]:
+    from lab.mechanisms import KEY, load, of_plain, plain
+
+    name, colon, said = text.strip().partition(":")
+    module = load(name.replace("-", "_"))
+    if not colon:
+        return plain(module.EXAMPLE)
+    data = {KEY: f"{module.__name__.rpartition('.')[2]}.{type(module.EXAMPLE).__name__}", **_fields(said)}
+    try:
+        of_plain(data)
+    except LabError as e:
+        raise UsageError(f"--mechanism {text}: {e}") from None
+    return data
+
+
+def _fields(said: str) -> dict[str, Any]:
+    wrong = f"--mechanism: cannot read {said!r}; write settings as keep=0.2,selector=random"
+    try:
+        read = parse_yaml("{" + said.replace("=", ": ") + "}", "--mechanism")
+    except ConfigError:
+        raise UsageError(wrong) from None
+    if not isinstance(read, dict) or any(v is None for v in read.values()):
+        raise UsageError(wrong)
+    return read
+
+
+def _accuracy(report: Report) -> dict[str, list[float]]:
+    one = report["accuracy"]
+    assert one.low is not None and one.high is not None
+    numbers = zip(one.values.tolist(), one.low.tolist(), one.high.tolist(), strict=True)
+    return {v: list(n) for v, n in zip(report.variants, numbers, strict=True)}
+
+
+def _table(report: Report) -> str:
+    """Variants, accuracy, answers that changed, video tokens, and what was measured in proportion to vanilla."""
+    head, rows = ["variant", "right", "low", "high", "changed", "written", "tokens"], list[list[Any]]()
+    for v, numbers in _accuracy(report).items():
+        counts = [int(report[n].select(variant=v).values.sum()) for n in ("flips", "text_flips")]
+        rows.append([v, *numbers, *counts, float(report["tokens"].select(variant=v).values.mean())])
+    return table(head, rows)
