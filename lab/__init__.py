@@ -37,7 +37,7 @@ _SURFACE = {
 if TYPE_CHECKING:
     from lab import edges, errors
     from lab.carriers import Frames, TokenMap, VideoQA
-    from lab.comparison.comparing import compare
+    from lab.comparison import compare
     from lab.edges.applying import apply
     from lab.environment import about
     from lab.items import load_items
