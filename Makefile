@@ -18,7 +18,7 @@ help:
 	@echo 'make demo         a video, a question, an answer, and where it came from: out/demo/'
 	@echo 'make test         the test suite'
 	@echo 'make test-oldest  the parity tests on the oldest transformers we support'
-	@echo 'make lab          JupyterLab with the notebooks, on this machine only'
+	@echo 'make lab          JupyterLab at the first notebook, on this machine only'
 	@echo 'make lint         ruff and pyright'
 	@echo 'make format       what ruff can fix by itself'
 	@echo 'make setup        the environment (.venv), re-used while nothing changed'
@@ -38,7 +38,7 @@ test-oldest:
 	@$(ENV) .venv-oldest/bin/python -m pytest $(PARITY)
 
 lab: setup
-	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. $(ARGS)
+	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_first_look.ipynb $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -121,12 +121,13 @@ def since(curve, bar):
 lens_last = lens(model, items, "last", words="right", show_progress=False).mean("item").values[0, :, 0]
 selective = decoded.select(labels="selectivity", role="last").values
 carried, by_time = by_role.mean("item"), by_frame.mean("item").values[0]
-print("patching: who carries most, by layer:", [carried.coords["role"][i] for i in carried.values.argmax(1)])
+most = np.nan_to_num(carried.values).argmax(1)
+print("patching: who carries most, by layer:", [carried.coords["role"][i] for i in most])
 print("last position: the lens reads the right letter", since(lens_last, 0.5))
 print("last position: direction is linearly readable ", since(selective, 0.5 * selective.max()))
 print("last position: a third of the answer moves    ", since(carried.select(role="last").values, 1 / 3))
 pick = {"patching": by_time, "Shapley": worth.mean("item").values}
-print("frames:", {name: sorted(np.argsort(-values)[:2].tolist()) for name, values in pick.items()})
+print("frames:", {name: sorted(np.argsort(-np.nan_to_num(values))[:2].tolist()) for name, values in pick.items()})
 
 # %% [markdown]
 # Typical, and worth remembering: the direction is readable on video tokens from the first layers on, the lens shows it

@@ -78,10 +78,10 @@ sorted(file.name for file in Path(MODEL).iterdir())
 
 # %%
 print(check(MODEL, 16, None, None).text.partition("\n\n")[2])
+decoder = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
 seven_b = Qwen2_5_VLConfig(
-    text_config=dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
-    vision_config=dict(out_hidden_size=3584),
-)  # fmt: skip
+    text_config=decoder, vision_config=dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=3584)
+)
 for frames in (8, 64):
     big = predict(seven_b, n_frames=frames, dtype="bfloat16", device="cuda")
     print(f"Qwen2.5-VL 7B, {frames} frames: {big.positions:,} positions, {big.total / 1e9:.0f} GB of GPU memory")
