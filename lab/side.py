@@ -22,7 +22,7 @@ class Side:
             it is indexed by `order`, so that cached keys of dropped rows keep their answer.
     deep    DeepStack additions after layers 0..n-1, dense [world, pos, d_model]
     cache   the run's cache (see `lab.slots.Cache`), None without caching
-    run     the run this side belongs to; mechanisms pass it on and use its `notes` and `onlookers`, nothing else
+    run     the run this side belongs to; mechanisms pass it on and use its `notes` and `sinks`, nothing else
     absent  [world, pos] True where a row takes no part in the next layer in that world: it leaves no key there, and
             whoever set this drops its result. For rows that only some worlds run. None: all rows take part
     mlp_gain  [world, pos, 1] factor of what the next layer's MLP adds to the stream; None: 1

@@ -13,7 +13,8 @@ import pytest
 from lab.cli import main as cli
 from lab.cli.output import as_text, table
 from lab.cli.rerunning import difference
-from lab.cli.tracing import path_from, sentence, window_for
+from lab.cli.tracing import path_from, sentence
+from lab.edges.windows import window_for
 from lab.errors import ConfigError
 from lab.result import Result
 from tests import clips, families

@@ -651,3 +651,27 @@ def test_groups_of_a_prompt(model: VideoLLM) -> None:
     video = ready_of(model).inputs["input_ids"][0] == VIDEO
     assert frame[video].tolist() == [0] * 9 + [1] * 9 + [2] * 9 + [-1]  # the newline token is of no frame
     assert (whole >= 0).sum() == 27 and (prefix >= 0).sum() == 31 and bool((frame[~video] == -1).all())
+
+
+def test_attention_choices_where_the_last_rows_are_left_out() -> None:
+    """In a stream every piece ends with a frame, so the last row may be one that a layer does not run."""
+    from lab.mechanisms.streaming import Session, Streaming
+    from tests.shelf_models import clip
+    from tests.shelf_models import model as small
+
+    m = MixtureOfDepths(selector="attention", layers="all", first=1, keep=0.2)
+    session = Session(small(layers=4), Streaming(decide="never"), mechanisms=[m])
+    log = session.run(clip(4))
+    whole, *routed = log[-1].rows
+    assert routed == [whole - 4 * 16 + 4 * 3] * 3
+
+
+def test_attention_choices_of_worlds_that_leave_out_different_rows(model: VideoLLM) -> None:
+    """Keys that only another world's rows left behind are not counted: a batch chooses as its worlds do alone."""
+    m = MixtureOfDepths(selector="attention", layers="all", first=1, keep=0.3)
+    pair = inputs("llava_onevision", worlds=2)
+    together = model.run(model.prepare_inputs(**pair), mechanisms=[m]).heads["mod.keep"]
+    assert not torch.equal(together[:, 0], together[:, 1])
+    for w in range(2):
+        one = model.prepare_inputs(**{name: x[w : w + 1] for name, x in pair.items()})
+        assert torch.equal(together[:, w], model.run(one, mechanisms=[m]).heads["mod.keep"][:, 0])

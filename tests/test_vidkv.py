@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lab.errors import RunError, UsageError
+from lab.errors import LabWarning, RunError, UsageError
 from lab.mechanisms.mixture_of_depths import MixtureOfDepths
 from lab.mechanisms.vidkv import EXAMPLE, NEUTRAL, QuantisedCache, VidKV, anomalous
 from lab.model.cache import KVCache
@@ -346,8 +347,23 @@ def test_the_first_token_is_always_exact(name: str, what: VidKV, wrapped: Any) -
 def test_generation(batch: dict[str, int], chunk: int | None, model: VideoLLM) -> None:
     ready = ready_of(model, **batch)
     for m in (SMALL, EXAMPLE, replace(TIGHT, value_bits=16)):
-        out = model.generate(ready, max_new_tokens=20, stop=[], mechanisms=[m], chunk=chunk)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if chunk is None else "ignore", LabWarning)
+            out = model.generate(ready, max_new_tokens=20, stop=[], mechanisms=[m], chunk=chunk)
         assert out.ids.shape == (ready.n_worlds, 20)
+
+
+def test_pieces_are_not_the_whole_and_say_so(model: VideoLLM) -> None:
+    """Every piece reads those before it dequantised, so the "exact" first token is lost; nothing else differs."""
+    ready = ready_of(model)
+    whole = model(ready, mechanisms=[SMALL])
+    assert torch.equal(whole, model(ready))
+    with pytest.warns(LabWarning, match="not those of the whole prompt"):
+        pieces = model(ready, mechanisms=[SMALL], chunk=16)
+    assert (pieces - whole).abs().max() > 1e-3
+    exact = replace(SMALL, key_bits=16, value_bits=16)
+    assert torch.allclose(model(ready, mechanisms=[exact], chunk=16), whole, atol=1e-5)
+    assert torch.equal(model(ready, mechanisms=[SMALL], chunk=500), whole)
 
 
 def test_eight_bits_are_nearly_exact(model: VideoLLM) -> None:
@@ -521,7 +537,7 @@ def test_what_makes_no_sense_is_refused(model: VideoLLM) -> None:
         model(ready_of(model), mechanisms=[SMALL, TIGHT])
     with pytest.raises(RunError, match="one world"):
         model(ready_of(model, worlds=2), mechanisms=[replace(SMALL, stp=0.5)])
-    with pytest.raises(RunError, match="run it whole"):
+    with pytest.raises(RunError, match="run it whole"), pytest.warns(LabWarning, match="drop chunk="):
         model(ready_of(model), mechanisms=[replace(SMALL, stp=0.5)], chunk=12)
     with torch.enable_grad(), pytest.raises(RunError, match="no gradient"):
         QuantisedCache(EXAMPLE).update(0, *(t.requires_grad_() for t in rows(40)[:2]), torch.arange(40))

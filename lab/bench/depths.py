@@ -28,8 +28,8 @@ from torch import Tensor
 
 from lab.bench import models
 from lab.bench.measuring import counted_flops, median_ratio, paired, peak_bytes, setting, write
-from lab.learn import lowrank
 from lab.mechanisms.mixture_of_depths import MixtureOfDepths
+from lab.model import lowrank
 from lab.model.cache import KVCache
 from lab.model.ready import Ready
 from lab.model.run import Run

@@ -14,7 +14,6 @@ import numpy as np
 
 from lab.cli.asking import Setting, choice, choice_text
 from lab.cli.output import Reply
-from lab.edges.windows import window_for
 from lab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -108,6 +107,7 @@ def _recipe(
     window: int | None,
     folder: Path,
 ) -> KnockoutRecipe:
+    from lab.edges.windows import window_for
     from lab.items import spec_of
     from lab.recipe import ModelSpec
     from probes.knockout import PATHWAYS, KnockoutRecipe

@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any
 
 from lab.carriers import VideoQA
+from lab.comparison.alike import likeness
 from lab.comparison.flow import knocked, mass
-from lab.comparison.likeness import likeness
 from lab.comparison.traces import Trace, trace
 from lab.comparison.variants import Variant
 from lab.model.ready import Ready

@@ -1,4 +1,4 @@
-"""The recipe of a comparison, and whom its journal belongs to."""
+"""The recipe of a comparison."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 from pydantic import Field
 
-from lab.errors import UsageError
+from lab.comparison.reports import Report
+from lab.comparison.running import compared
+from lab.comparison.variants import VANILLA, variants_of
 from lab.items import load_items
 from lab.mechanisms import of_plain
 from lab.recipe import ItemsSpec, ModelSpec, Recipe
-from lab.recipe import Recipe as Owner  # not listed among the recipes that can be run
 from lab.result import Result
+
+SETTINGS = ("pathways", "window", "controls", "rounds", "new_tokens", "seed")
 
 
 class CompareRecipe(Recipe):
@@ -38,16 +41,27 @@ class CompareRecipe(Recipe):
         """Load what the recipe names (or use `model`) and compare. Raises ConfigError if a file or weights changed."""
         return list(self.report(progress=progress, model=model, out=out).results.values())
 
-    def report(self, *, progress: bool = True, model: Any = None, out: str | Path | None = None) -> Any:
+    def report(self, *, progress: bool = True, model: Any = None, out: str | Path | None = None) -> Report:
         """The same as a Report."""
-        from lab.comparison.comparing import carried_out
+        from probes.knockout import load_spec
 
-        return carried_out(self, model, out, progress)
+        others = {name: load_spec(spec) for name, spec in self.variants.items()}
+        named = {VANILLA: model or load_spec(self.model), **others}
+        variants = variants_of(named, self.mechanisms_on(), controls=self.controls, seed=self.seed)
+        items, sampling = self.loaded_items()
+        return compared(
+            variants,
+            items,
+            sampling,
+            self.model_dump(include=set(SETTINGS)),
+            self.plain(),
+            out,
+            None,
+            progress,
+        )
 
     def write(self, results: Sequence[Result], folder: str | Path) -> list[Path]:
         """Save what `run` gave as a report; returns the files."""
-        from lab.comparison.reports import Report
-
         return Report.of(results).save(folder)
 
     def mechanisms_on(self) -> dict[str, tuple[Any, ...]]:
@@ -61,17 +75,3 @@ class CompareRecipe(Recipe):
         items = load_items(source, base=self.folder)
         own = [s.video.sampling() for s in listed] if listed is not None else [{}] * len(items)
         return items, [how or {"n_frames": self.n_frames} for how in own]
-
-
-class CompareJournal(Owner):
-    """What a journal belongs to: weights, mechanisms, prompts and what is measured, by content. Cannot be run by itself."""
-
-    variants: tuple[str, ...]
-    items: tuple[str, ...]
-    what: str
-
-    def run(self, *, progress: bool = True) -> list[Result]:
-        """Raises UsageError: all is known by fingerprint only."""
-        raise UsageError(
-            "this journal knows its items only by fingerprint; call lab.compare with the same ones"
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ TITLE = "What the mechanisms change inside"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Report(Mapping[str, Result]):
+class Report:
     """Results by name: "accuracy", "cosine", "cka", "kl", "mass", "knockout", "centre", "depth", "left", "costs", ..."""
 
     results: dict[str, Result]
@@ -26,6 +26,9 @@ class Report(Mapping[str, Result]):
         if name not in self.results:
             raise UsageError(f"no Result {name!r}; there are {', '.join(self.results)}")
         return self.results[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.results
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.results)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lab.carriers import VideoQA
-from lab.comparison.costs import QUANTITIES, SOURCES, Numbers
+from lab.comparison.costing import QUANTITIES, SOURCES, Numbers
 from lab.comparison.flow import centre, pairs
 from lab.comparison.traces import GROUPS
 from lab.comparison.variants import Variant

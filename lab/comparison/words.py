@@ -106,15 +106,20 @@ def _moved(r: Results, name: str) -> str:
         if max(strength) < 1:
             continue
         before, now = (_mean(r["centre"].select(pathway=pathway), v) for v in (base, name))
-        moved = (
-            f"centre from layer {before:.1f} to {now:.1f}"
-            if abs(now - before) >= NOTEWORTHY
-            else f"centre stays near layer {now:.1f}"
+        said.append(
+            f"{pathway} {max(0, strength[0]):.0f} % to {max(0, strength[1]):.0f} %{_place(before, now)}"
         )
-        said.append(f"{pathway} {strength[0]:.0f} % to {strength[1]:.0f} %, {moved}")
     return (
         f"Largest loss of the answer's probability when a pathway is cut: {'; '.join(said)}." if said else ""
     )
+
+
+def _place(before: float, now: float) -> str:
+    if not np.isfinite([before, now]).all():
+        return ""
+    if abs(now - before) < NOTEWORTHY:
+        return f", centre stays near layer {now:.1f}"
+    return f", centre from layer {before:.1f} to {now:.1f}"
 
 
 def _strength(r: Results, name: str, pathway: str) -> float:

@@ -113,7 +113,7 @@ def segment_mass(
         if sink.fits_beside(model):
             run.attend = sink.attend
         else:
-            run.sinks = (sink,)
+            run.sinks[segment_mass] = sink
         model.stream(door, run, plan=ready.plan, tokens=maps)
     n_rows = tuple(int(m.sum()) for m in sink.of)
     return Mass(sink.names, n_rows, sink.sums, sink.n_ran, sink.rows)

@@ -6,17 +6,16 @@
     python -m lab.learn.mod --table runs/mod runs/full runs/random --out runs/table.json
 
 As the paper: routers and LoRA learn together, on the data the base model was trained on, with the mechanism on; top-k is
-hard throughout. OUT/variant holds what makes the variant of `tiny`: delta.safetensors, routers.safetensors, variant.json.
+hard throughout. OUT/variant holds what makes the variant of `tiny` (`lab.load("OUT/variant")`): see `lab.model.variants`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from lab.carriers import TokenMap, VideoQA
-from lab.errors import ConfigError, LabError, UsageError
-from lab.learn import lowrank
+from lab.errors import LabError, UsageError
 from lab.learn.sft import Batch, Stage, Trainer, graded
 from lab.learn.tiny_data import Batches, Prompts
+from lab.mechanisms import of_plain, plain
 from lab.mechanisms.mixture_of_depths import MixtureOfDepths
+from lab.model import lowrank, variants
 from lab.model.ready import Ready
 from lab.model.run import Run
 from lab.model.videollm import VideoLLM
@@ -40,6 +40,7 @@ from lab.routing import Routers
 from lab.sim.tasks import TASKS, draw_items
 from lab.slots import Plan, plan_of
 
+ROUTERS = "routers.safetensors"
 Lessons = Callable[[int], Batch | list[Batch]]
 
 
@@ -165,37 +166,25 @@ class Variant:
     about: dict[str, Any]
 
     def save(self, folder: str | Path, *, base: str) -> Path:
-        """Write delta.safetensors, routers.safetensors (if there are any) and variant.json."""
-        out = Path(folder)
-        out.mkdir(parents=True, exist_ok=True)
-        lowrank.save(self.delta, out / "delta.safetensors", base=base)
-        if self.mechanism.routers is not None:
-            self.mechanism.routers.save(out / "routers.safetensors")
-        said = {
-            "base": base, "weights": weights_hash(base), "mechanism": plain(self.mechanism), **self.about,
-            "delta": _sha(out / "delta.safetensors"),
-        }  # fmt: skip
-        (out / "variant.json").write_text(json.dumps(said, indent=2) + "\n")
+        """Write the folder (see `lab.model.variants`), routers.safetensors among it if there are any."""
+        routers = self.mechanism.routers
+        named = replace(self.mechanism, routers=None, weights=None if routers is None else ROUTERS)
+        out = variants.write(
+            folder, self.delta, [_plain(named)], base=base, weights=weights_hash(base), **self.about
+        )
+        if routers is not None:
+            routers.save(out / ROUTERS)
         return out
 
     @staticmethod
     def load(folder: str | Path) -> Variant:
         """Read what `save` wrote. Raises ConfigError if something is missing or belongs to another base model."""
-        folder = Path(folder)
-        try:
-            said = json.loads((folder / "variant.json").read_text())
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"{folder} holds no variant: {e}") from None
-        delta, _ = lowrank.load(folder / "delta.safetensors")
-        path = folder / "routers.safetensors"
-        routers = Routers.load(path) if path.exists() else None
-        found = weights_hash(said["base"])
-        if found != said["weights"]:
-            raise ConfigError(
-                f"{folder} was trained on weights {said['weights']} of {said['base']!r}, which now has {found}; train it again"
-            )
-        mechanism = replace(_mechanism(said["mechanism"]), routers=routers)
-        return Variant(mechanism, delta, {k: v for k, v in said.items() if k != "mechanism"})
+        found = variants.read(folder)
+        found.check(weights_hash(found.base), folder)
+        mechanism = of_plain(found.mechanisms[0])
+        routers = None if mechanism.weights is None else Routers.load(mechanism.weights)
+        about = {"base": found.base, "weights": found.weights, **found.about}
+        return Variant(replace(mechanism, routers=routers, weights=None), found.delta, about)
 
     @contextmanager
     def on(self, model: VideoLLM) -> Iterator[MixtureOfDepths]:
@@ -204,33 +193,14 @@ class Variant:
             yield self.mechanism
 
 
-def load_variant(folder: str | Path, **how: Any) -> tuple[VideoLLM, MixtureOfDepths]:
-    """The variant's base model with the delta put on for good, and the mechanism. how: as for `lab.load`."""
-    variant = Variant.load(folder)
-    model = load(variant.about["base"], **how)
-    lowrank.put(model.lm, variant.delta)
-    return model, variant.mechanism
-
-
-def plain(mechanism: MixtureOfDepths) -> dict[str, Any]:
-    """The fields that json can hold (routers lie in a file of their own). Raises UsageError for `ShiftedCosine` and scores."""
-    kept = {
-        f.name: getattr(mechanism, f.name) for f in fields(mechanism) if f.name not in ("routers", "scores")
-    }
+def _plain(mechanism: MixtureOfDepths) -> dict[str, Any]:
+    """As plain data. Raises UsageError for what json cannot hold: `ShiftedCosine` and scores."""
+    found = plain(mechanism)
     try:
-        json.dumps(kept)
+        json.dumps(found)
     except TypeError:
         raise UsageError("only keep ratios that are numbers can be written; give keep as a tuple") from None
-    return kept
-
-
-def _mechanism(said: dict[str, Any]) -> MixtureOfDepths:
-    as_tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
-    return MixtureOfDepths(**as_tuples)
-
-
-def _sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return found
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from lab.carriers import TokenMap
 from lab.errors import LabWarning, RunError, UsageError
+from lab.model.attention import with_edges
+from lab.model.masks import keep_rows
 from lab.routing import (
     Budget,
     Routed,
@@ -457,11 +459,11 @@ class Routing:
         """For selector "attention": see what the tokens of this layer receive, if the next one chooses by it."""
         if self.what.selector != "attention":
             return
-        side.run.onlookers.pop(layer, None)
+        side.run.sinks.pop(self, None)
         group = self._groups(state, side)
         above = layer + 1 < len(self.ratios) and self.ratios[layer + 1] is not None
         if above and group is not None:
-            side.run.onlookers[layer] = _Received(state, group, side.order)
+            side.run.sinks[self] = _Received(state, group, side.order)
 
     # ---- choosing and routing ---------------------------------------------------------------------------------------------
 
@@ -545,7 +547,7 @@ class Routing:
 
 
 class _Received:
-    """Onlooker: the mean attention every token gets from those queries of its own group that may read it."""
+    """A sink: the mean attention every token gets from those queries of its own group that may read it."""
 
     BLOCK = 256  # queries whose scores exist at once
 
@@ -553,32 +555,38 @@ class _Received:
         self.state, self.group, self.order = state, group, order
 
     @torch.no_grad()
-    def __call__(self, seen: Any) -> None:
-        n = int(max(seen.k_order.max(), seen.q_order.max())) + 1
-        group = torch.full((len(seen.query), n), -1, device=seen.query.device)
+    def __call__(self, call: Any, query: Tensor, key: Tensor, k_order: Tensor, kw: Mapping[str, Any]) -> None:
+        # the layer may run fewer rows than there are, the last ones among those it leaves out
+        n = int(max(k_order.max(), self.order.max())) + 1
+        group = torch.full((len(query), n), -1, device=query.device)
         group[:, self.order] = self.group.to(group.device)
         mass, votes = (torch.zeros(len(group), n, device=group.device) for _ in range(2))
-        for start in range(0, seen.query.shape[2], self.BLOCK):
-            self._count(seen, slice(start, start + self.BLOCK), group, mass, votes)
+        for start in range(0, query.shape[2], self.BLOCK):
+            part = slice(start, start + self.BLOCK)
+            pattern, may = self._pattern(call, query[:, :, part], key, call.side.order[part], k_order, kw)
+            own = group[:, call.side.order[part]]
+            if call.side.absent is not None:  # rows that only other worlds run have no vote here
+                own = own.masked_fill(call.side.absent[:, part].to(own.device), -1)
+            kin = (own[:, :, None] == group[:, k_order][:, None]) & (own >= 0)[:, :, None] & may.any(1)
+            mass[:, k_order] += (pattern * kin).sum(1)
+            votes[:, k_order] += kin.sum(1)
         old = self.state.received
         received = torch.zeros_like(mass)
         if old is not None:
             received[:, : old.shape[1]] = old[:, :n]
         self.state.received = torch.where(votes > 0, mass / votes.clamp(min=1), received)
 
-    def _count(self, seen: Any, part: slice, group: Tensor, mass: Tensor, votes: Tensor) -> None:
-        """Add the attention (mean over heads) that some queries give each source position, and how many could give."""
-        keys = seen.key.repeat_interleave(seen.query.shape[1] // seen.key.shape[1], 1)
-        scale = seen.query.shape[-1] ** -0.5 if seen.scaling is None else seen.scaling
-        scores = (seen.query[:, :, part] @ keys.transpose(2, 3)).float() * scale
-        may = seen.keep[..., part, :]
-        if seen.bias is not None:
-            scores = scores + seen.bias.expand(-1, -1, *seen.keep.shape[-2:])[..., part, :]
-        pattern = scores.masked_fill(~may, -math.inf).softmax(-1).nan_to_num().mean(1)
-        own = group[:, seen.q_order[part]]
-        kin = (own[:, :, None] == group[:, seen.k_order][:, None]) & (own >= 0)[:, :, None] & may.any(1)
-        mass[:, seen.k_order] += (pattern * kin).sum(1)
-        votes[:, seen.k_order] += kin.sum(1)
+    def _pattern(
+        self, call: Any, query: Tensor, key: Tensor, order: Tensor, k_order: Tensor, kw: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Attention [world, q, k] of some queries, mean over heads, and which keys they may read [world | 1, head | 1, q, k]."""
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scale = query.shape[-1] ** -0.5 if kw.get("scaling") is None else kw["scaling"]
+        scores = (query @ keys.transpose(2, 3)).float() * scale
+        order, k_order = order.to(query.device), k_order.to(query.device)
+        may, bias = with_edges(call, keep_rows(call, order, k_order), order, k_order, query.dtype)
+        scores = scores if bias is None else scores + bias
+        return scores.masked_fill(~may, -math.inf).softmax(-1).nan_to_num().mean(1), may
 
 
 @dataclass(frozen=True)

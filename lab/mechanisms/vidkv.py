@@ -90,6 +90,9 @@ class VidKV:
     storage     "released" (2 bits for a ternary code, constant zeros) or "tight"
     audit       also keep exact keys and values, to measure errors by (not counted in bytes)
 
+    With chunk= (and in a stream) every piece reads those before it dequantised, so logits are not those of the whole
+    prompt, whose rows read each other exactly; with chunk= a LabWarning says so.
+
     `model.run(...).heads`: "vidkv.bytes", "vidkv.bytes_exact", "vidkv.rows" [layer, (quantised, exact)]; with audit
     "vidkv.key_error" and "vidkv.value_error", relative, by layer.
     Raises UsageError for what makes no sense.
@@ -407,6 +410,16 @@ class QuantisedCache:
         self.exact: dict[int, tuple[Tensor, Tensor]] = {}
         self.vision: Tensor | None = None  # bool [source pos]
         self.worth: Tensor | None = None  # [source pos], -inf for what is never protected
+
+    @property
+    def in_pieces(self) -> str:
+        """What a prompt that is read in pieces is to be warned of; "" where nothing is quantised."""
+        if self.what.key_bits == 16 and self.what.value_bits == 16:
+            return ""
+        return (
+            "VidKV reads a whole prompt with exact keys and values, but of a prompt in pieces (chunk=) every piece reads those "
+            "before it dequantised: the logits are not those of the whole prompt; drop chunk= to measure"
+        )
 
     def update(self, layer: int, k: Tensor, v: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store rows, and give back all of the layer. The first rows come back exact unless asked otherwise.

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lab.errors import RunError, UsageError
 from lab.model.masks import base_keep, needs_mask
-from lab.model.run import CURRENT, Call, Front, Seen, watched
+from lab.model.run import CURRENT, Call, Front, watched
 
 NEG = float("-inf")
 Kernel = Callable[..., tuple[Tensor, Any]]
@@ -88,13 +88,10 @@ def _attend(
         key, value = through_points(call, key, value)
     k_order = call.side.order if call.k_order is None else call.k_order
     layer = call.parts.index
-    if layer in call.run.onlookers:
-        keep, bias = _allowed(call, query, k_order)
-        call.run.onlookers[layer](Seen(query, key, call.side.order, k_order, keep, bias, kw.get("scaling")))
+    for sink in tuple(call.run.sinks.values()):
+        sink(call, query, key, k_order, kw)
     if call.run.attend is not None:
         return points.hook_z(call.run.attend(call, query, key, value, kw))
-    for sink in call.run.sinks:
-        sink(call, query, key, k_order, kw)
     edges = call.run.edges.get(layer)
     look = layer in call.run.look or watched(points.hook_attn_scores, points.hook_pattern)
     if look or lab.kernel == "eager":

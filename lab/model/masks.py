@@ -26,12 +26,17 @@ def base_keep(call: Call, k_order: Tensor, device: torch.device) -> Tensor:
     if held is not None and held[0] is call.side.order and held[1] is k_order:
         keep = held[2].to(device)
     else:
-        keep = keep_rows(call, call.side.order.to(device), k_order.to(device))
+        keep = _lawful(call, call.side.order.to(device), k_order.to(device))
         call.run.masks[call.parts.window] = (call.side.order, k_order, keep)
-    return _without_absent(call, keep, k_order.to(device))
+    return _without_absent(call, keep, call.side.order.to(device), k_order.to(device))
 
 
-def _without_absent(call: Call, keep: Tensor, k: Tensor) -> Tensor:
+def keep_rows(call: Call, q: Tensor, k: Tensor) -> Tensor:
+    """The same for any rows, from their source positions: for whoever makes a mask a few rows at a time."""
+    return _without_absent(call, _lawful(call, q, k), q, k)
+
+
+def _without_absent(call: Call, keep: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """Keys of rows that took no part in this layer are read by nobody, in the worlds where that is so.
 
     An absent row may read itself, so that no row is empty: its result is dropped.
@@ -40,12 +45,12 @@ def _without_absent(call: Call, keep: Tensor, k: Tensor) -> Tensor:
     if absent is None:
         return keep
     here = absent.to(k.device)[:, k.clamp(max=absent.shape[1] - 1)] & (k < absent.shape[1])
-    itself = call.side.order.to(k.device)[:, None] == k[None, :]
+    itself = q.to(k.device)[:, None] == k[None, :]
     return keep & (~here[:, None, None, :] | itself)
 
 
-def keep_rows(call: Call, q: Tensor, k: Tensor) -> Tensor:
-    """Bool [world | 1, 1, q, k] for any rows: source positions of the queries and of the keys."""
+def _lawful(call: Call, q: Tensor, k: Tensor) -> Tensor:
+    """Causality, window and padding."""
     distance = q[:, None] - k[None, :]
     keep = distance >= 0 if call.parts.causal else torch.ones_like(distance, dtype=torch.bool)
     if call.parts.window is not None:

@@ -43,31 +43,18 @@ class LayerParts:
     causal: bool
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What one layer's attention gets: query [world, head, q, d_head], key [world, kv_head, k, d_head], after RoPE; the
-    source positions of both; which keys may be read [world | 1, head | 1, q, k]; what is added to scores; their scale."""
-
-    query: Tensor
-    key: Tensor
-    q_order: Tensor
-    k_order: Tensor
-    keep: Tensor
-    bias: Tensor | None
-    scaling: float | None
-
-
 @dataclass
 class Run:
     """One forward pass (or one cached generation): its cuts, what is looked at, what has been reached.
 
     attend  stands in for the attention kernel: (call, query, key, value, keywords) -> z [world, pos, head, d_head],
             heads of keys not repeated. For runs whose rows are not one sequence; None: the kernel.
-    sinks   called in every softmax layer before its kernel: (call, query, key, k_order, keywords). They look on:
-            query [world, head, q, d_head] and key [world, kv_head, k, d_head] as attention sees them
+    sinks   by owner; called in every softmax layer before its attention, whatever computes that: (call, query, key,
+            k_order, keywords). They look on: query [world, head, q, d_head] and key [world, kv_head, k, d_head] as
+            attention sees them, k_order the keys' source positions. `lab.model.masks.keep_rows` and the run's edges say
+            what may be read
     absent  layer -> [world, source pos] True where a row left no key in that world (see `Side.absent`)
     notes   what mechanisms keep for as long as the run lasts, each under a key of its own
-    onlookers  layer -> function that is shown what the layer's attention gets
     """
 
     edges: Mapping[int, Edges] = field(default_factory=dict)
@@ -79,10 +66,9 @@ class Run:
     masks: dict[int | None, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     policy: Any = None  # what the run was called with; becomes edges once the token maps are known
     attend: Callable[..., Tensor] | None = None
-    sinks: tuple[Callable[..., None], ...] = ()
+    sinks: dict[Any, Callable[..., None]] = field(default_factory=dict)
     absent: dict[int, Tensor] = field(default_factory=dict)
     notes: dict[Any, Any] = field(default_factory=dict)
-    onlookers: dict[int, Callable[[Seen], None]] = field(default_factory=dict)
 
     def leave_out(self, layer: int, order: Tensor, absent: Tensor) -> None:
         """Note that the rows at `order` left no key in the layer in the worlds where `absent` [world, pos] says so."""

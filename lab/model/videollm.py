@@ -6,6 +6,7 @@ them stand TransformerLens HookPoints, one attention function, and a token map t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 
 from lab.carriers import Frames, TokenMap, VideoQA
-from lab.errors import RunError, UsageError
+from lab.errors import LabWarning, RunError, UsageError
 from lab.model import anatomy, capturing
 from lab.model.activations import LabCache, NamesFilter, guard, wanted
 from lab.model.answering import Answer, answer
@@ -295,7 +296,8 @@ class VideoLLM(HookedRootModule):
     ) -> tuple[Tensor, Side]:  # fmt: skip
         """Fill a cache with the prompt, in pieces of `chunk` positions; returns the last piece's stream.
 
-        With detours in the plan, pieces end between frames: a detour may choose among the tokens of a frame.
+        With detours in the plan, pieces end between frames: a detour may choose among the tokens of a frame. A cache
+        whose `in_pieces` says something is warned of with it.
         """
         n = door.embeds.shape[1]
         size = n if chunk is None else chunk
@@ -307,6 +309,9 @@ class VideoLLM(HookedRootModule):
             )
         if size == 1 < n and door.pad is not None and any(p.attn is None for p in self.parts):
             raise RunError("recurrent layers ignore padding in pieces of one position; use chunk=2 or more")
+        note = getattr(cache.store, "in_pieces", "") if size < n else ""
+        if note:
+            warnings.warn(note, LabWarning, stacklevel=2)
         detours = () if plan is None else plan.detours
         out: tuple[Tensor, Side] | None = None
         for start, stop in pieces(n, int(size), tokens, whole_frames=bool(detours)):

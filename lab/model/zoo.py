@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lab.errors import ModelError, UsageError
+from lab.model import variants
 from lab.model.families.base import find
 from lab.model.verifying import audit
 from lab.model.verifying import verify as verify_model
@@ -21,7 +22,7 @@ from lab.model.videollm import VideoLLM
 from lab.pixels import Preprocessor
 
 DATA = Path(__file__).parents[1] / "data"
-BUNDLED = ("tiny", "tiny-image")
+BUNDLED = ("tiny", "tiny-image", "tiny-mod", "tiny-live")
 
 
 def wrap(hf_model: nn.Module, tokenizer: Any = None, *, preprocessor: Any = None) -> VideoLLM:
@@ -49,7 +50,10 @@ def load(
     name: str | Path, *, device: Any = None, dtype: Any = None, device_map: Any = None, verify: bool = True,
     revision: str | None = None, attn_implementation: str = "sdpa", trust_remote_code: bool = False,
 ) -> VideoLLM:  # fmt: skip
-    """Load a checkpoint: "tiny" or "tiny-image" (bundled), a local folder, or a hub id. Weights come frozen and in eval mode.
+    """Load a checkpoint: a bundled one ("tiny", "tiny-image", "tiny-mod", "tiny-live"), a local folder, or a hub id.
+
+    Weights come frozen and in eval mode. A variant ("tiny-mod") is its base with a delta on; the mechanisms it was trained
+    with are not on: run it with `mechanisms=lab.mechanisms.trained_with(model)`.
 
     device       "cpu", "cuda", ...; None takes a GPU if there is one
     dtype        "float32" | "bfloat16" | "float16" | torch dtype; None: the checkpoint's on a GPU, float32 on a CPU
@@ -60,6 +64,8 @@ def load(
     folder, where = _locate(name)
     if device is not None and device_map is not None:
         raise UsageError(f"give device or device_map, not both (got {device!r} and {device_map!r})")
+    if variants.is_variant(folder):
+        return _variant(folder, name, device=device, dtype=dtype, device_map=device_map, verify=verify, attn_implementation=attn_implementation)  # fmt: skip
     target = chosen_device(device)
     kind = _dtype(dtype, target)
     hf = _from_pretrained(
@@ -81,6 +87,17 @@ def load(
     return model
 
 
+def _variant(folder: str, name: str | Path, **how: Any) -> VideoLLM:
+    """The variant's base, with its delta on."""
+    base = variants.read(folder).base
+    model = variants.put_on(load(base, **how), folder, weights_hash(base))
+    model.cfg.model_name = str(name)
+    if model.spec is not None:
+        named = _spec(name, None, None, None)
+        model.spec = {**model.spec, "name": named["name"], "weights": named["weights"]}
+    return model
+
+
 def outline(name: str | Path, *, revision: str | None = None) -> VideoLLM:
     """The model without its weights (on torch's meta device): `prepare` and token maps work, running does not.
 
@@ -89,6 +106,8 @@ def outline(name: str | Path, *, revision: str | None = None) -> VideoLLM:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     folder, where = _locate(name)
+    if variants.is_variant(folder):
+        return outline(variants.read(folder).base, revision=revision)
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision)
         with torch.device("meta"):
@@ -135,7 +154,7 @@ def _locate(name: str | Path) -> tuple[str, str]:
     except (OSError, ValueError, RuntimeError):  # too long, a zero byte, no such home folder
         text, folder, there = text[:100], False, True
     if folder:
-        if not (path / "config.json").exists():
+        if not (path / "config.json").exists() and not variants.is_variant(path):
             raise ModelError(f"{path} has no config.json: not a transformers checkpoint")
         return str(path), str(path)
     looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or there

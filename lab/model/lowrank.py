@@ -121,5 +121,5 @@ def load(path: str | Path) -> tuple[Delta, dict[str, Any]]:
         raise ConfigError(f"cannot read a delta from {path}: {str(e).splitlines()[0]}") from None
     names = sorted({n.rpartition(".")[0] for n in tensors})
     if about is None or any(f"{n}.{x}" not in tensors for n in names for x in "ab"):
-        raise ConfigError(f"{path} holds no delta; write it with lab.learn.lowrank.save")
+        raise ConfigError(f"{path} holds no delta; write it with lab.model.lowrank.save")
     return {n: (tensors[f"{n}.a"], tensors[f"{n}.b"]) for n in names}, about
