@@ -59,7 +59,10 @@ tokens = ready.tokens
 print(len(tokens), "positions:", {role: tokens.roles().count(role) for role in dict.fromkeys(tokens.roles())})
 print("option 1 stands at", tokens.where(role="option", option=1).tolist())
 print("frame 3, row 0 stands at", tokens.where(role="frame", frame=3, row=0).tolist())
-show(ready.painted(range(len(tokens)), name="Position of every video token", unit="position"), frames=ready.frames.pictures)
+show(
+    ready.painted(range(len(tokens)), name="Position of every video token", unit="position"),
+    frames=ready.frames.pictures,
+)
 
 # %% [markdown]
 # ## Look inside
@@ -74,7 +77,9 @@ stream, labels = cache.accumulated_resid(apply_ln=True, return_labels=True)
 letters = [model.to_single_token(letter) for letter in "ABCD"]
 lens = (stream[:, 0, int(tokens.last)] @ model.W_U)[:, letters].softmax(-1)
 for label, row in zip(labels, lens, strict=True):
-    print(f"{label:>11}", " ".join(f"{letter} {p:.2f}" for letter, p in zip("ABCD", row.tolist(), strict=True)))
+    print(
+        f"{label:>11}", " ".join(f"{letter} {p:.2f}" for letter, p in zip("ABCD", row.tolist(), strict=True))
+    )
 
 # %% [markdown]
 # ## Cut, and watch the answer move

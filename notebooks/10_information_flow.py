@@ -111,7 +111,12 @@ for cut in policy.cuts:
     print(f"{cut.reason:<24} is cut in layers {cut.layers}")
 
 # %%
-measures = {"accuracy": "right", "flips": "answers changed", "kept": "edges kept", "kept_video": "video edges kept"}
+measures = {
+    "accuracy": "right",
+    "flips": "answers changed",
+    "kept": "edges kept",
+    "kept_video": "video edges kept",
+}
 print(f"{'':<20}", *(f"{words:>18}" for words in measures.values()))
 for name in table.coords["policy"]:
     print(f"{name:<20}", *(f"{float(table.select(policy=name, measure=m).values):>18.0%}" for m in measures))

@@ -59,11 +59,17 @@ show(unit_map(scored), title="Predicted change of the margin if a kind of pair i
 # together, which no first-order score can know. (A real check takes some hundred cells; 60 fit into a notebook.)
 
 # %%
-scored = lab.edges.validate_scores(model, calibration[:8], scored, n=60, subsets=4, windows=4, show_progress=False)
+scored = lab.edges.validate_scores(
+    model, calibration[:8], scored, n=60, subsets=4, windows=4, show_progress=False
+)
 told = scored.notes["validation"]
 print(f"spearman {told['measurable']['spearman']:.2f} over {told['measurable']['n']} measured cuts")
-print(f"recall   {told['recall_at_2k']:.2f} of the {told['k']} largest are among the {2 * told['k']} with the largest scores")
-print(f"gap      {told['additivity']['gap']:.2f} between windows of layers and the sum of their layers (0: additive)")
+print(
+    f"recall   {told['recall_at_2k']:.2f} of the {told['k']} largest are among the {2 * told['k']} with the largest scores"
+)
+print(
+    f"gap      {told['additivity']['gap']:.2f} between windows of layers and the sum of their layers (0: additive)"
+)
 for weak in told["weak"][:4]:
     print(f"weak     {weak['pair']}: {weak['why']}")
 
@@ -83,7 +89,9 @@ held_out = draw_items("moving_direction", 24, seed=9)
 budget = {"kl": 0.05, "flips": 0.05, "forwards": 10}
 pruned = prune(model, calibration, held_out, budget=budget, roles="portable", finer=["distance"],
                baselines=["exit", "mass"], show_progress=False)  # fmt: skip
-print(f"{pruned.trail.notes['forwards_per_item']:.1f} forwards per question; stopped: {pruned.trail.notes['stopped']}")
+print(
+    f"{pruned.trail.notes['forwards_per_item']:.1f} forwards per question; stopped: {pruned.trail.notes['stopped']}"
+)
 show(pruned.pictures["units"])
 
 # %% [markdown]

@@ -119,7 +119,9 @@ same = model(ready, mechanisms=[MixtureOfDepths.NEUTRAL, DifferentialTokenDrop.N
 assert (same == model(ready)).all()
 both = model.run(ready, mechanisms=[drop, depths])
 print(f"{len(both.maps[0])} of {len(ready.tokens)} positions enter the decoder,", end=" ")
-print(f"a video token runs {both.heads['mod.depth'][0][both.maps[0].where(role='video')].float().mean():.1f} of {n} layers")
+print(
+    f"a video token runs {both.heads['mod.depth'][0][both.maps[0].where(role='video')].float().mean():.1f} of {n} layers"
+)
 print("vanilla", model.answer(ready).by_option)
 print("both   ", model.answer(ready, mechanisms=[drop, depths]).by_option)
 

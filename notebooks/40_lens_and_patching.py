@@ -91,7 +91,9 @@ show(by_role, title="Taking all tokens of a role from the twin")
 
 # %%
 worth = attribute(model, items[:2], method="shapley", show_progress=False)
-cheap = attribution_patching(model, items, by="frame", into="clean", show_progress=False).notes["against_exact"]
+cheap = attribution_patching(model, items, by="frame", into="clean", show_progress=False).notes[
+    "against_exact"
+]
 print(f"shortcut against the exact grid: correlation {cheap['pearson']:.2f}, slope {cheap['slope']:.2f}")
 show(worth, title="What each frame is worth (Shapley, against the twin)")
 
@@ -103,7 +105,9 @@ show(worth, title="What each frame is worth (Shapley, against the twin)")
 # probe that reads the direction everywhere says nothing about use: it may be there long before anybody looks.
 
 # %%
-decoded = linear(model, draw_items("moving_direction", 32, seed=2), "direction", shuffles=2, show_progress=False)
+decoded = linear(
+    model, draw_items("moving_direction", 32, seed=2), "direction", shuffles=2, show_progress=False
+)
 show(decoded.select(labels="true"), title="Direction of the shape, read linearly")
 
 
@@ -112,6 +116,7 @@ show(decoded.select(labels="true"), title="Direction of the shape, read linearly
 #
 # Side by side, each probe's answer to the same two questions. Where is it, layer by layer, and from when on does the last
 # position have it? Which two frames carry most?
+
 
 # %%
 def since(curve, bar):
@@ -127,7 +132,10 @@ print("last position: the lens reads the right letter", since(lens_last, 0.5))
 print("last position: direction is linearly readable ", since(selective, 0.5 * selective.max()))
 print("last position: a third of the answer moves    ", since(carried.select(role="last").values, 1 / 3))
 pick = {"patching": by_time, "Shapley": worth.mean("item").values}
-print("frames:", {name: sorted(np.argsort(-np.nan_to_num(values))[:2].tolist()) for name, values in pick.items()})
+print(
+    "frames:",
+    {name: sorted(np.argsort(-np.nan_to_num(values))[:2].tolist()) for name, values in pick.items()},
+)
 
 # %% [markdown]
 # Typical, and worth remembering: the direction is readable on video tokens from the first layers on, the lens shows it

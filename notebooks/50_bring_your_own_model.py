@@ -55,7 +55,9 @@ text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_atte
 tower = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=8, out_hidden_size=64, window_size=32,
              fullatt_block_indexes=[1])  # fmt: skip
 config = Qwen2_5_VLConfig(
-    text_config=text, vision_config=tower, **dict(zip(names, map(tokenizer.convert_tokens_to_ids, marks), strict=True))
+    text_config=text,
+    vision_config=tower,
+    **dict(zip(names, map(tokenizer.convert_tokens_to_ids, marks), strict=True)),
 )
 
 # %%
@@ -78,13 +80,21 @@ sorted(file.name for file in Path(MODEL).iterdir())
 
 # %%
 print(check(MODEL, 16, None, None).text.partition("\n\n")[2])
-decoder = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
+decoder = dict(
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+)
 seven_b = Qwen2_5_VLConfig(
     text_config=decoder, vision_config=dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=3584)
 )
 for frames in (8, 64):
     big = predict(seven_b, n_frames=frames, dtype="bfloat16", device="cuda")
-    print(f"Qwen2.5-VL 7B, {frames} frames: {big.positions:,} positions, {big.total / 1e9:.0f} GB of GPU memory")
+    print(
+        f"Qwen2.5-VL 7B, {frames} frames: {big.positions:,} positions, {big.total / 1e9:.0f} GB of GPU memory"
+    )
 
 # %% [markdown]
 # ## Load it
@@ -96,7 +106,9 @@ for frames in (8, 64):
 # %%
 model = lab.load(MODEL)
 c = model.cfg
-print(f"{c.n_layers} layers, {c.n_heads} heads over {c.n_key_value_heads} of keys, d_model {c.d_model}, on {model.device}")
+print(
+    f"{c.n_layers} layers, {c.n_heads} heads over {c.n_key_value_heads} of keys, d_model {c.d_model}, on {model.device}"
+)
 lab.about(model)
 
 # %% [markdown]
@@ -110,7 +122,9 @@ items = draw_items("moving_direction", 2, seed=4)
 ready = model.prepare(items[0], n_frames=8)
 tokens, grid = ready.tokens, ready.grids[0]
 print(len(tokens), "positions:", {role: tokens.roles().count(role) for role in dict.fromkeys(tokens.roles())})
-print(f"{tokens.n_frames} tubelets of {int(grid.row.max()) + 1} x {int(grid.col.max()) + 1} tokens, {grid.weight[0]:.0f} patches each")
+print(
+    f"{tokens.n_frames} tubelets of {int(grid.row.max()) + 1} x {int(grid.col.max()) + 1} tokens, {grid.weight[0]:.0f} patches each"
+)
 print(repr(ready.prompt[:200]))
 
 # %% [markdown]

@@ -42,15 +42,23 @@ lab.about()
 
 # %%
 model = lab.load("tiny", device="cpu")
-prompt_texts = dict(system="<|im_start|>user ", open="\n", close="\n", user="\n", assistant="<|im_end|><|im_start|>assistant\n")
+prompt_texts = dict(
+    system="<|im_start|>user ",
+    open="\n",
+    close="\n",
+    user="\n",
+    assistant="<|im_end|><|im_start|>assistant\n",
+)
 quiet = Streaming(decide="never", max_new_tokens=1, **prompt_texts)
 item = draw_items("moving_direction", 1, seed=3)[0]
 ready = model.prepare(item, n_frames=8)
 frames = ready.frames
 session = Session(model, quiet)
-for picture, seconds in zip(frames.pictures, frames.seconds.tolist(), strict=True):
-    moment = session.see(picture, seconds)
-    print(f"frame {moment.frame} at {moment.seconds:.1f} s: {moment.kept} tokens read, {moment.rows[0]} rows in every layer")
+for picture in frames.pictures:
+    moment = session.see(picture)  # at quiet.fps; a second argument says another time
+    print(
+        f"frame {moment.frame} at {moment.seconds:.1f} s: {moment.kept} tokens read, {moment.rows[0]} rows in every layer"
+    )
 
 # %% [markdown]
 # ## Streaming equals offline
@@ -91,6 +99,7 @@ session.restore(before)
 # first frame; look where the right answer takes over, and whether it stays. (`tiny` was trained on whole clips of 8 frames:
 # what it says after two frames is a guess about a video it thinks is over.)
 
+
 # %%
 def options_now(session, item):
     """Probability of every option if the question came now; the stream goes on as if it had not."""
@@ -104,16 +113,19 @@ def options_now(session, item):
 def timeline(item):
     session, frames = Session(model, quiet), model.prepare(item, n_frames=8).frames
     rows = []
-    for picture, seconds in zip(frames.pictures, frames.seconds.tolist(), strict=True):
-        session.see(picture, seconds)
+    for picture in frames.pictures:
+        session.see(picture)
         rows.append(options_now(session, item))
-    return np.array(rows).T, frames.seconds.tolist()
+    return np.array(rows).T, [moment.seconds for moment in session.log]
 
 
 values, seconds = timeline(item)
 print(item.question, "->", item.options[item.answer])
 coords = {"option": list(item.options), "seconds": seconds}
-show(Result(values, ("option", "seconds"), coords, "probability", {}, name="What it would answer, by time"), limits=(0, 1))
+show(
+    Result(values, ("option", "seconds"), coords, "probability", {}, name="What it would answer, by time"),
+    limits=(0, 1),
+)
 
 # %% [markdown]
 # The same for one question of each kind, the right option only. Events need their moment: a curve cannot rise before the
@@ -136,7 +148,9 @@ show(right, limits=(0, 1))
 
 # %%
 for theta in (0.0, 0.25, 0.5, 0.725, 0.9, 1.1):
-    watching = Session(model, Streaming(theta=theta, interval=None, max_new_tokens=1, forget_replies=True, **prompt_texts))
+    watching = Session(
+        model, Streaming(theta=theta, interval=None, max_new_tokens=1, forget_replies=True, **prompt_texts)
+    )
     log = watching.run(frames)
     print(f"theta {theta:<5} speaks at frames {[m.frame for m in log if m.triggered]}")
 print("p(silence) by frame:", [round(m.p_silent, 2) for m in log])

@@ -81,7 +81,9 @@ def run(source: Path) -> tuple[float, float]:
     if noise:
         raise RuntimeError(f"{source.stem} writes to stderr: {noise[:500]}")
     if spent > limit:
-        raise TimeoutError(f"{source.stem} took {spent:.1f} s ({computed:.1f} s computing), its budget is {limit:.0f} s")
+        raise TimeoutError(
+            f"{source.stem} took {spent:.1f} s ({computed:.1f} s computing), its budget is {limit:.0f} s"
+        )
     return spent, computed
 
 
@@ -101,7 +103,9 @@ def chosen(names: Sequence[str]) -> list[Path]:
     """The sources whose names begin so; all where none is named."""
     found = [s for s in sources() if not names or s.name.startswith(tuple(names))]
     if not found:
-        sys.exit(f"no notebook begins with {', '.join(names)}; there are {', '.join(s.stem for s in sources())}")
+        sys.exit(
+            f"no notebook begins with {', '.join(names)}; there are {', '.join(s.stem for s in sources())}"
+        )
     return found
 
 
