@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,14 @@ def painted(model: Any, item: Any, name: str, mechanism: Any) -> tuple[Result, A
     ready = model.prepare(item, mechanisms=[mechanism])
     tokens, grid = model.maps(ready)[0], ready.grids[0]
     patch = float(grid.weight[grid.frame >= 0].min())
+    shown = tokens.painted(tokens.weight / patch, grid).nan_to_num(0.0).numpy()
     n = len(tokens.where(role="frame"))
-    name = f"{name}: {n} of {int((grid.frame >= 0).sum())} tokens are read"
-    shown = ready.painted(
-        tokens.weight / patch, name=name, unit="tokens merged (0: dropped)", tokens=tokens, baseline=0.0
-    )
-    values, notes = np.nan_to_num(shown.values), {**shown.notes, "mechanism": repr(mechanism)}
-    return replace(shown, values=values, notes=notes), ready.frames.pictures
+    result = Result(
+        shown, ("frame", "row", "col"), {a: list(range(k)) for a, k in zip(("frame", "row", "col"), shown.shape, strict=True)},
+        "tokens merged (0: dropped)", {}, name=f"{name}: {n} of {int((grid.frame >= 0).sum())} tokens are read",
+        baseline=0.0, notes={"mechanism": repr(mechanism)},
+    )  # fmt: skip
+    return result, ready.frames.pixels.permute(0, 2, 3, 1).numpy()
 
 
 def curves(model: Any, item: Any) -> Result:

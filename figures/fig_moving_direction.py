@@ -147,7 +147,7 @@ def page(model: Any, items: Sequence[Any], out: Path) -> Path:
         *(p.sentence for p in parts),
         f"Do they agree? {verdict(parts)}",
     ]
-    frames = model.prepare(items[0], 8).frames.pictures
+    frames = model.prepare(items[0], 8).frames.pixels.permute(0, 2, 3, 1).cpu().numpy()
     worth = next(p.result for p in parts if p.result.name.startswith("attribution (shapley"))
     pictures = {
         f"{items[0].question} ({items[0].options[items[0].answer]})": frames,

@@ -87,10 +87,12 @@ for label, row in zip(labels, lens, strict=True):
 # Attention knock-out (Map the Flow): for every pathway and every window of three layers, cut the pathway's attention edges
 # in all heads and measure how the probability of the answer changes. `a->b` means that positions of b read positions of
 # a. Where a curve drops, the answer was passing there. Layers count from 1 in plots, from 0 in code.
+#
+# The null test belongs beside every probe: a knock-out that cuts nothing must change nothing, exactly.
 
 # %%
-curves = sweep(model, items, window=3, show_progress=False)
-show(curves)
+assert (sweep(model, item, ["none"], window=3, show_progress=False).values == 0).all()
+show(sweep(model, items, window=3, show_progress=False))
 
 # %% [markdown]
 # ## Is this picture true?
@@ -128,16 +130,9 @@ show(found_backup, title="Two routes, either is enough")
 # Cut alone, each route looks as if it did not matter. Read your own picture with that in mind: **a curve that drops is
 # evidence; a curve at zero says only that this pathway alone was not needed.** Another may carry the same.
 #
-# Two checks belong beside every probe. A knock-out that cuts nothing must change nothing, exactly; and a result must come
-# out the same again. A result carries the recipe that made it, `vlab run recipe.yaml` repeats it anywhere, and every
-# figure redraws from the saved result without a model.
-
-# %%
-assert (sweep(model, item, ["none"], window=3, show_progress=False).values == 0).all()
-assert (sweep(model, item, window=3, show_progress=False).values == curves.select(item=["left"]).values).all()
-curves.tidy()[:3]
-
-# %% [markdown]
+# A result carries the recipe that made it: `vlab run recipe.yaml` repeats it anywhere, and every figure redraws from the
+# saved result without a model. `lab.explore(model, item)` puts the linked views of one question on one screen.
+#
 # Next: `10_information_flow` draws the paper's figures, `20_prune_edges` finds the edges a model can do without,
 # `30_mod_and_token_drop` switches mechanisms on, `40_lens_and_patching` asks four other probes the same question,
 # `50_bring_your_own_model` loads a checkpoint of yours, `60_streaming` watches a video frame by frame.

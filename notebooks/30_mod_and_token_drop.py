@@ -93,11 +93,10 @@ print(*report.words(), sep="\n\n")
 
 # %%
 cosine = report.results["cosine"].mean("item").select(group="video")
-show(cosine, title="Is the stream of the video tokens still vanilla's?")
-
-# %%
-kl = report.results["kl"]
-show(kl, title="Is the last position still on its way to the same answer? (KL from vanilla)")
+display(show(cosine, title="Is the stream of the video tokens still vanilla's?"))
+show(
+    report.results["kl"], title="Is the last position still on its way to the same answer? (KL from vanilla)"
+)
 
 # %% [markdown]
 # ## Does the answer still take the same way?

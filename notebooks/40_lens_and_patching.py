@@ -22,7 +22,7 @@
 
 # %%
 import numpy as np
-from IPython.display import Image
+from IPython.display import Image, display
 
 import lab
 from lab.sim.tasks import draw_items
@@ -66,21 +66,16 @@ Image(paint(best, model.prepare(item).frames.pictures, "out/words.png", dpi=80))
 #
 # Each simulated clip has a *twin*: the same pixels, with the shape walking the other way. Run both. Then run the clip again
 # with the twin's activations at one place, and see how far the answer moves towards the twin's (0: not at all, 1: all the
-# way). First by frame: the stream of one frame's tokens, entering one layer.
-
-# %%
-by_frame = patching(model, items, by="frame", into="clean", show_progress=False)
-print(f"{by_frame.ledger['forwards']:.0f} forwards' worth of work in place of {by_frame.ledger['naive']:.0f}")
-show(by_frame, title="Taking one frame's tokens from the twin")
-
-# %% [markdown]
-# Single frames are weak: eight others still show the old direction, and a late frame has read the earlier ones. Now all
-# tokens of a role at once. Read upwards, this is the journey of the answer: it begins in the video tokens, and the higher
-# the layer, the more of it has moved to whoever read them. The sums differ from 1: roles share what they carry.
+# way). First all tokens of a role: read upwards, this is the journey of the answer. It begins in the video tokens, and the
+# higher the layer, the more of it has moved to whoever read them. Then one frame's tokens at a time: single frames are
+# weak, since the others still show the old direction, and late frames have read the earlier ones.
 
 # %%
 by_role = patching(model, items, by="role", into="clean", show_progress=False)
-show(by_role, title="Taking all tokens of a role from the twin")
+by_frame = patching(model, items, by="frame", into="clean", show_progress=False)
+print(f"{by_frame.ledger['forwards']:.0f} forwards' worth of work in place of {by_frame.ledger['naive']:.0f}")
+display(show(by_role, title="Taking all tokens of a role from the twin"))
+show(by_frame, title="Taking one frame's tokens from the twin")
 
 # %% [markdown]
 # ## Attribution: what is each frame worth?
@@ -140,5 +135,5 @@ print(
 # %% [markdown]
 # Typical, and worth remembering: the direction is readable on video tokens from the first layers on, the lens shows it
 # late, and patching says who carries it for the answer. None is wrong. If a lens is silent, patch before you conclude; if a linear probe
-# reads it, patch before you say the model uses it. `python -m figures.fig_moving_direction` writes such a page for more
-# items; `vlab lens`, `vlab patch`, `vlab attribute` and `vlab probe` are the same probes on the command line.
+# reads it, patch before you say the model uses it. The figure about Moving Direction in `figures/` asks the same of more
+# items; `vlab lens`, `vlab patch`, `vlab attribute` and `vlab probe` are these probes on the command line.
