@@ -24,6 +24,7 @@ CONFIG: dict[str, Any] = {
     "showSendToCloud": False,
     "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "select2d", "lasso2d", "autoScale2d"],
 }
+BOTH_THEMES = "#747a80"  # text that stands out against JupyterLab's white and its dark background alike (4.3 : 1)
 THUMBNAIL = 240  # pixels of the longer side of a frame below a strip
 
 
@@ -41,7 +42,7 @@ class Figure(go.Figure):
 
     def _ipython_display_(self) -> None:  # a figure that ends a notebook cell
         if pio.renderers.render_on_display and pio.renderers.default:
-            self.show()
+            Figure(self).update_layout(font_color=BOTH_THEMES).show()
         else:
             print(repr(self))
 
