@@ -134,6 +134,6 @@ print(
 
 # %% [markdown]
 # Typical, and worth remembering: the direction is readable on video tokens from the first layers on, the lens shows it
-# late, and patching says who carries it for the answer. None is wrong. If a lens is silent, patch before you conclude; if a linear probe
-# reads it, patch before you say the model uses it. The figure about Moving Direction in `figures/` asks the same of more
-# items; `vlab lens`, `vlab patch`, `vlab attribute` and `vlab probe` are these probes on the command line.
+# late, and patching says who carries it for the answer. None is wrong. If a lens is silent, patch before you conclude; if a
+# linear probe reads it, patch before you say the model uses it. The figure about Moving Direction in `figures/` asks the
+# same of more items; `vlab lens`, `vlab patch`, `vlab attribute` and `vlab probe` are these probes on the command line.
