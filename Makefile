@@ -19,7 +19,7 @@ help:
 	@echo 'make test         the test suite'
 	@echo 'make test-oldest  the parity tests on the oldest transformers we support'
 	@echo 'make browser      the widgets in a real JupyterLab in chromium (installed with apt if missing)'
-	@echo 'make lab          JupyterLab with the notebooks, on this machine only'
+	@echo 'make lab          JupyterLab at the first notebook, on this machine only'
 	@echo 'make lint         ruff and pyright'
 	@echo 'make format       what ruff can fix by itself'
 	@echo 'make setup        the environment (.venv), re-used while nothing changed'
@@ -43,7 +43,7 @@ browser: setup
 	@$(ENV) $(BIN)/python -m pytest tests/browser -m browser
 
 lab: setup
-	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. $(ARGS)
+	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_first_look.ipynb $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

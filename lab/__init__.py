@@ -27,7 +27,7 @@ _SURFACE = {
     "Result": ("lab.result", "Result"),
     "Recipe": ("lab.recipe", "Recipe"),
     "load_items": ("lab.items", "load_items"),
-    "about": ("lab.cli.versions", "about"),
+    "about": ("lab.environment", "about"),
     "errors": ("lab.errors", ""),
     "edges": ("lab.edges", ""),
     "apply": ("lab.edges.applying", "apply"),
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from lab import edges, errors
     from lab.app.explorer import explore
     from lab.carriers import Frames, TokenMap, VideoQA
-    from lab.cli.versions import about
     from lab.comparison import compare
     from lab.edges.applying import apply
+    from lab.environment import about
     from lab.items import load_items
     from lab.model.videollm import VideoLLM
     from lab.model.zoo import load, wrap

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
@@ -135,6 +136,11 @@ class Frames:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def pictures(self) -> UInt8[np.ndarray, "frame height width channel"]:
+        """The frames as views and picture files take them, on the CPU."""
+        return self.pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     def composed(self, grid: VideoGrid) -> Bool[Tensor, " token"]:
         """Which of the grid's tokens show a picture composed of several frames (see `index`)."""

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -420,12 +420,7 @@ def _stacked(whole: Result, parts: list[Result], axis: str, label: str, names: l
     """Means of several groups side by side; a group of one has no interval, and then its bounds are nan."""
     at = whole.axes.index(axis)
     some = any(p.low is not None for p in parts)
-    low, high = (
-        np.stack([np.full(p.shape, np.nan) if (a := getattr(p, n)) is None else a for p in parts], at)
-        if some
-        else None
-        for n in ("low", "high")
-    )
+    low, high = (np.moveaxis(_bounds(parts, n), 0, at) if some else None for n in ("low", "high"))
     axes = tuple(label if a == axis else a for a in whole.axes)
     coords = {a: names if a == label else whole.coords[a] for a in axes}
     counts = {
@@ -435,6 +430,38 @@ def _stacked(whole: Result, parts: list[Result], axis: str, label: str, names: l
     values = np.stack([p.values for p in parts], at)
     return replace(
         whole, values=values, axes=axes, coords=coords, low=low, high=high, notes={**whole.notes, "n": counts}
+    )
+
+
+def stack(parts: Mapping[str, Result], axis: str) -> Result:
+    """Results of the same axes, coordinates and unit, side by side along a new first axis named by the keys.
+
+    For one figure of several models, policies or mechanisms. Intervals are kept where any part has one (nan elsewhere);
+    the recipe is not: it made one part only. Raises UsageError for none, or for parts that do not fit together.
+    """
+    if not parts:
+        raise UsageError("nothing to stack; give name -> Result, at least one")
+    first, *others = parts.values()
+    for name, other in zip(list(parts)[1:], others, strict=True):
+        if (other.axes, other.coords, other.unit) != (first.axes, first.coords, first.unit):
+            raise UsageError(
+                f"{name!r} has {other!r}, {next(iter(parts))!r} has {first!r}; they must be alike"
+            )
+    if axis in first.axes:
+        raise UsageError(f"the results have an axis {axis!r} already: {first.axes}")
+    some = any(p.low is not None for p in parts.values())
+    low, high = (_bounds(list(parts.values()), n) if some else None for n in ("low", "high"))
+    values = np.stack([p.values for p in parts.values()])
+    coords = {axis: list(parts), **first.coords}
+    return replace(
+        first, values=values, axes=(axis, *first.axes), coords=coords, low=low, high=high, recipe={}
+    )
+
+
+def _bounds(parts: Sequence[Result], name: str) -> NDArray[Any]:
+    bounds = [getattr(p, name) for p in parts]
+    return np.stack(
+        [np.full(p.shape, np.nan) if b is None else b for p, b in zip(parts, bounds, strict=True)]
     )
 
 

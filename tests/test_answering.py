@@ -69,6 +69,9 @@ def test_answer_is_the_softmax_at_the_last_position(name, asking, video):
         and got.text == item.options[got.index]
     )
     assert got.correct == (got.index == 1)
+    assert got.by_option == pytest.approx(
+        dict(zip(item.options, got.option_probs.tolist(), strict=True)), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -129,3 +132,18 @@ def test_an_answer_may_be_named_by_text_or_letter():
     assert VideoQA("v", "?", answer="left").answer == "left"
     with pytest.raises(UsageError, match="none of the 2 options"):
         VideoQA("v", "?", ("left", "right"), "up")
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
+def test_values_of_positions_painted_on_the_frames(name, asking, video):
+    ready = asking(name).prepare(VideoQA(video, **ITEM), n_frames=4)
+    assert np.array_equal(ready.frames.pictures, ready.frames.pixels.permute(0, 2, 3, 1).numpy())
+    painted = ready.painted(range(len(ready.tokens)), name="positions", unit="position")
+    assert painted.axes == ("frame", "row", "col") and len(painted.notes["seconds"]) == painted.shape[0]
+    for f, r, c in np.ndindex(painted.shape):
+        assert ready.tokens.where(frame=f, row=r, col=c).tolist() == [painted.values[f, r, c]]
+    kept = ready.tokens.only(torch.arange(len(ready.tokens))[ready.tokens.frame != 1])
+    less = ready.painted(torch.ones(len(kept)), name="kept", unit="1", tokens=kept)
+    assert np.isnan(less.values[1]).all() and (np.delete(less.values, 1, 0) == 1).all()
+    with pytest.raises(UsageError, match="values for"):
+        ready.painted([1.0], name="", unit="")

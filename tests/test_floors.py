@@ -25,7 +25,7 @@ FLOOR = {
     "lab.pixels": 1, "lab.sizes": 1, "lab.routing": 1, "lab.quantising": 1,
     "lab.preprocessor": 1, "lab.resample": 1, "lab.prompt": 1, "lab.runs": 1,
     "lab.model": 2,
-    "lab.edges": 3, "lab.patch": 3, "lab.generate": 3, "lab.adapters": 3,
+    "lab.edges": 3, "lab.patch": 3, "lab.generate": 3, "lab.adapters": 3, "lab.environment": 3,
     "lab.mechanisms": 4, "lab.sim": 4, "lab.items": 4, "lab.benchmark_rows": 1, "lab.benchmarks": 1,
     "lab.view": 5, "probes": 5,
     "lab.comparison": 6, "lab.learn": 6, "lab.bench": 6,

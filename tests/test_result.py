@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lab.errors import ConfigError, LabError, UsageError
-from lab.result import Result
+from lab.result import Result, stack
 
 
 def made(values: object = None, **changes: object) -> Result:
@@ -237,3 +237,24 @@ def test_json_has_null_for_what_is_not_finite_and_says_so() -> None:
 
 def test_repr_says_what_it_is() -> None:
     assert repr(made()) == "<Result 'trace': pathway 2 x layer 3, % change in probability>"
+
+
+# ---- stack ----------------------------------------------------------------------------------------------------------
+
+
+def test_stack_puts_results_side_by_side_and_keeps_intervals():
+    def curve(scale, low=None):
+        bounds = {} if low is None else {"low": np.array(low), "high": np.array(low) + 2}
+        return Result(scale * np.arange(2.0), "layer", {"layer": [1, 2]}, "%", {"kind": "x"}, **bounds)
+
+    both = stack({"a": curve(1), "b": curve(3, [-1.0, 0.0])}, "model")
+    assert both.axes == ("model", "layer") and both.coords["model"] == ["a", "b"] and both.recipe == {}
+    assert both.values.tolist() == [[0, 1], [0, 3]] and both.low is not None
+    assert np.isnan(both.low[0]).all() and both.low[1].tolist() == [-1, 0]
+    assert stack({"a": curve(1)}, "model").low is None
+    with pytest.raises(UsageError, match="must be alike"):
+        stack({"a": curve(1), "b": Result(np.zeros(2), "layer", {"layer": [2, 3]}, "%", {})}, "model")
+    with pytest.raises(UsageError, match="axis 'layer' already"):
+        stack({"a": curve(1)}, "layer")
+    with pytest.raises(UsageError, match="nothing to stack"):
+        stack({}, "model")

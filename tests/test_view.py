@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import plotly.io as pio
 import pytest
 from matplotlib.collections import QuadMesh
 
@@ -21,6 +22,7 @@ from lab.view.draw import (
     CONFIG,
     Answer,
     figure_spec,
+    panel,
     report,
     save,
     share_limits,
@@ -31,6 +33,7 @@ from lab.view.draw import (
 from lab.view.matplotlib_out import image_bytes
 from lab.view.pages import table_of
 from lab.view.palette import DIVERGING, SEQUENTIAL, STROKES, grey, rgb
+from lab.view.plotly_out import BOTH_THEMES, Figure
 from lab.view.specs import FigureSpec, mosaic
 
 RNG = np.random.default_rng(0)
@@ -438,3 +441,25 @@ def test_tables_round_alike_and_never_write_minus_zero() -> None:
     assert columns == ["Layer \\ Frame", "0", "1", "2"]
     assert rows == [["1", "-41.3", "0.0", "0.0"], ["2", "nan", "inf", "2.0"]]
     assert table_of(figure_spec(heat([[0.00123, 0.0]])))[1] == [["1", "0.00123", "0.00000"]]
+
+
+def test_a_figure_in_a_notebook_reads_in_both_themes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Figure] = []
+    monkeypatch.setattr(Figure, "show", lambda self: shown.append(self))
+    monkeypatch.setattr(pio.renderers, "default", "json")  # a kernel has one; a test run has none
+    figure = show(heat())
+    figure._ipython_display_()
+    assert shown[0].layout.font.color == BOTH_THEMES and figure.layout.font.color != BOTH_THEMES
+
+    def contrast(background: float) -> float:
+        parts = [int(BOTH_THEMES[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        return (max(light, background) + 0.05) / (min(light, background) + 0.05)
+
+    assert contrast(1.0) > 4.2 and contrast(0.0056) > 4.2  # white; JupyterLab's dark #111111
+
+
+def test_show_takes_a_panel() -> None:
+    curves = Result(np.ones((1, 2, 3)), ("task", "pathway", "layer"), {"task": ["a"], "pathway": ["p", "q"], "layer": [1, 2, 3]}, "%", {})  # fmt: skip
+    assert len(show(panel(curves, {"row": ["p", "q"]}, title="t")).data) >= 2

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lab.cli.output import Reply, gigabytes, table
-from lab.cli.versions import about
 
 OURS = ("lab", "probes", "figures")
 
@@ -26,7 +25,9 @@ class Finding:
 
 def check(model: str | None, frames: int, dtype: str | None, device: str | None) -> Reply:
     """All findings, and with a model the memory predicted for `frames` frames."""
-    versions = about()
+    from lab.environment import versions as read_versions
+
+    versions = read_versions()
     findings = [*_packages(versions), *_machine(), _video(), *_widgets(), _shadows(sys.path)]
     data: dict[str, Any] = {"versions": versions, "findings": [vars(f) for f in findings]}
     text = table(("", "looked at", "found"), [row for f in findings for row in _rows(f)])

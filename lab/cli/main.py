@@ -96,7 +96,7 @@ def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error happened.")] = False,
 ) -> None:
     if version:
-        from lab.cli.versions import installed
+        from lab.environment import installed
 
         print(f"videollm-lab {installed('videollm-lab') or '(not installed)'}")
         raise typer.Exit(0)

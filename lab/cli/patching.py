@@ -90,7 +90,7 @@ def _painted(model: Any, recipe: Any, results: Sequence[Any], folder: Path) -> N
         return
     item = load_items(recipe.items, base=recipe.folder)[0]
     frames = model.prepare(item, recipe.n_frames).frames
-    pixels = frames.pixels.permute(0, 2, 3, 1).cpu().numpy()
+    pixels = frames.pictures
     pictures = {
         item.question: pixels,
         f"What each piece is worth ({result.name})": overlay(result.values[0], pixels),

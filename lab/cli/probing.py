@@ -150,5 +150,5 @@ def _painted(reply: Reply, recipe: Any, model: Any, over: Over, layer: int) -> R
     )
     if ready.frames is None:
         raise UsageError("--paint: this item has no frames to paint on")
-    file = paint(found, ready.frames.pixels.permute(0, 2, 3, 1).cpu().numpy(), Path(over.out) / "words.png")
+    file = paint(found, ready.frames.pictures, Path(over.out) / "words.png")
     return Reply({**reply.data, "files": [*reply.data["files"], str(file)]}, f"{reply.text}\n{file}")

@@ -202,4 +202,4 @@ def _answer(found: Any, item: VideoQA) -> Any:
 
 def _frames(ready: Ready) -> dict[str, Any]:
     frames = ready.frames
-    return {} if frames is None else {"What the model saw": frames.pixels.permute(0, 2, 3, 1).cpu().numpy()}
+    return {} if frames is None else {"What the model saw": frames.pictures}

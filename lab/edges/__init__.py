@@ -20,6 +20,7 @@ _SURFACE = {
     "Mass": ("lab.edges.mass", "Mass"),
     "Policy": ("lab.edges.policy", "Policy"),
     "check_validated": ("lab.edges.validating", "check_validated"),
+    "effective": ("lab.edges.from_sweep", "effective"),
     "evaluate": ("lab.edges.evidence", "evaluate"),
     "ladder": ("lab.edges.found", "ladder"),
     "overlap": ("lab.edges.evidence", "overlap"),
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from lab.edges.cuts import Cut
     from lab.edges.evidence import evaluate, overlap
     from lab.edges.found import ladder
+    from lab.edges.from_sweep import effective
     from lab.edges.mass import Mass, segment_mass
     from lab.edges.policy import Policy
     from lab.edges.scoring import scalars, scores
@@ -56,6 +58,7 @@ __all__ = [
     "Mass",
     "Policy",
     "check_validated",
+    "effective",
     "evaluate",
     "ladder",
     "overlap",

@@ -29,6 +29,7 @@ class Answer:
     text            the chosen option's text, or what the model generates for an open question
     target, logprob teacher-forced log probability of a free-form target, summed over its tokens; None if none asked
     correct         whether the choice is the item's answer; None where the item has no answer index
+    options         the options' texts
     """
 
     probs: Float[Tensor, " d_vocab"] = field(repr=False)
@@ -41,6 +42,13 @@ class Answer:
     logprob: float | None = None
     token_logprobs: tuple[float, ...] = ()
     correct: bool | None = None
+    options: tuple[str, ...] = ()
+
+    @property
+    def by_option(self) -> dict[str, float]:
+        """Option -> its probability, normalised over the options; to read, so rounded to four digits."""
+        probs = [] if self.option_probs is None else self.option_probs.tolist()
+        return {o: round(p, 4) for o, p in zip(self.options, probs, strict=True)}
 
 
 def letter_ids(tokenizer: Any, n: int) -> list[int]:
@@ -79,7 +87,7 @@ def answer(
     best = int(letters.argmax())
     return Answer(
         probs, LETTERS[best], best, letters / letters.sum(), letters, item.options[best],
-        correct=best == item.answer if isinstance(item.answer, int) else None, **forced,
+        correct=best == item.answer if isinstance(item.answer, int) else None, options=item.options, **forced,
     )  # fmt: skip
 
 

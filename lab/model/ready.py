@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lab.carriers import Frames, TokenMap, VideoGrid, VideoQA
 from lab.errors import UsageError
+from lab.result import Result
 from lab.slots import Plan
+
+PLACE = ("frame", "row", "col")
 
 
 @dataclass
@@ -54,6 +59,30 @@ class Ready:
                 f"{len(self.maps)} worlds of different layout; use ready.maps[w] for the map of world w"
             )
         return first
+
+    def painted(
+        self,
+        values: Any,
+        *,
+        name: str,
+        unit: str,
+        tokens: TokenMap | None = None,
+        baseline: float | None = None,
+    ) -> Result:
+        """One number for every position, laid on the frames: a Result (frame, row, col) that `show` draws over them.
+
+        tokens  the map the values belong to, where a mechanism has dropped or merged tokens (`model.maps(ready)`); None:
+                the prompt's own. Places of which nothing is left are nan
+        Raises UsageError for several worlds, and for values that do not fit the map.
+        """
+        if self.n_worlds != 1:
+            raise UsageError(f"{self.n_worlds} worlds have a grid each; paint one prompt at a time")
+        grid = self.grids[0]
+        painted = (self.tokens if tokens is None else tokens).painted(torch.as_tensor(values), grid).numpy()
+        coords: dict[str, list[Any]] = {a: list(range(n)) for a, n in zip(PLACE, painted.shape, strict=True)}
+        times = [float(grid.seconds[grid.frame == f].mean()) for f in coords["frame"]]
+        notes = {"seconds": [t if isfinite(t) else None for t in times]}
+        return Result(painted, PLACE, coords, unit, {}, name, notes=notes, baseline=baseline)
 
 
 def _same(a: TokenMap, b: TokenMap) -> bool:

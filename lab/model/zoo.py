@@ -66,7 +66,7 @@ def load(
         raise UsageError(f"give device or device_map, not both (got {device!r} and {device_map!r})")
     if variants.is_variant(folder):
         return _variant(folder, name, device=device, dtype=dtype, device_map=device_map, verify=verify, attn_implementation=attn_implementation)  # fmt: skip
-    target = _device(device)
+    target = chosen_device(device)
     kind = _dtype(dtype, target)
     hf = _from_pretrained(
         folder, where, revision=revision, dtype=kind, attn_implementation=attn_implementation, device_map=device_map,
@@ -170,7 +170,8 @@ def _locate(name: str | Path) -> tuple[str, str]:
     return text, text
 
 
-def _device(device: Any) -> torch.device:
+def chosen_device(device: Any) -> torch.device:
+    """The device asked for; None: a GPU if there is one. Raises UsageError for one that cannot be used here."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -12,19 +12,21 @@ from typing import Any
 
 from lab.errors import UsageError
 from lab.result import Result
+from lab.view.facets import Panel, panel
 from lab.view.matplotlib_out import SUFFIXES, save_image, to_matplotlib
 from lab.view.pages import Answer, report
+from lab.view.panel_out import panel_plotly
 from lab.view.plotly_out import CONFIG, Figure, to_plotly
 from lab.view.specs import FigureSpec, figure_spec, share_limits
 
 __all__ = [
-    "CONFIG", "Answer", "FigureSpec", "figure_spec", "report", "save", "share_limits", "show", "to_matplotlib", "to_plotly",
+    "CONFIG", "Answer", "FigureSpec", "figure_spec", "panel", "report", "save", "share_limits", "show", "to_matplotlib", "to_plotly",
 ]  # fmt: skip
 
 
-def show(what: Result | FigureSpec, **options: Any) -> Figure:
+def show(what: Result | FigureSpec | Panel, **options: Any) -> Figure:
     """The plotly figure of a Result; options as in `figure_spec`. A notebook shows it when it ends a cell."""
-    return to_plotly(_spec(what, options))
+    return panel_plotly(what) if isinstance(what, Panel) else to_plotly(_spec(what, options))
 
 
 def save(what: Result | FigureSpec, path: str | Path, **options: Any) -> Path:

@@ -68,7 +68,8 @@ def panel_plotly(panel: Panel) -> Figure:
     """The grid as plotly draws it: a click on a curve's name hides it in its whole row."""
     n_rows, n_columns = panel.shape
     grid = make_subplots(
-        n_rows, n_columns, shared_xaxes=True, shared_yaxes=True, column_titles=list(panel.columns), row_titles=list(panel.rows),
+        n_rows, n_columns, shared_xaxes=True, shared_yaxes=True, row_titles=list(panel.rows),
+        column_titles=[wrapped(c, 18).replace("\n", "<br>") for c in panel.columns],
         horizontal_spacing=0.015, vertical_spacing=0.04,
     )  # fmt: skip
     fig = Figure(grid)
