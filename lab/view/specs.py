@@ -7,6 +7,8 @@ Both back ends draw from the same FigureSpec, so the picture in the notebook and
     two other axes                            heat    last axis to the right
     (frame, row, col)                         strip   token heat over the frames
     anything else                             table
+
+On request: bars (one per text coordinate of one axis, or groups of them) and graph (who points at whom, by places).
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from numpy.typing import NDArray
 from lab.errors import UsageError
 from lab.result import Result
 
-Kind = Literal["lines", "heat", "strip", "table"]
-KINDS: tuple[Kind, ...] = ("lines", "heat", "strip", "table")
+Kind = Literal["lines", "heat", "strip", "table", "bars", "graph"]
+KINDS: tuple[Kind, ...] = ("lines", "heat", "strip", "table", "bars", "graph")
 AVERAGED = ("item", "seed")  # axes a figure averages over
 MAX_CURVES = 8
 LABELS = {
@@ -56,14 +58,18 @@ LABELS = {
 class FigureSpec:
     """One figure.
 
-    values   lines [curve, x], heat [y, x], strip [frame, row, col]; nan and infinities still in it
-    low, high   interval of lines, same shape
-    series   names of the curves (lines), labels of the rows (heat), labels of the frames (strip)
-    x        coordinates along x (lines, heat)
+    values   lines [curve, x], bars [group, bar], heat [y, x], strip [frame, row, col], graph [from, to]; nan and
+             infinities still in it
+    low, high   interval of lines and bars, same shape
+    series   names of the curves (lines), groups (bars), nodes (graph), labels of the rows (heat) or frames (strip)
+    x        coordinates along x (lines, heat), names of the bars
+    log      axes of lines and bars that are logarithmic: "", "x", "y" or "xy"
+    words    strip: a text on every token, nested like the values
+    places   graph: where the nodes stand, [node, (x, y)] in 0..1; marked: the nodes that are filled
     limits   ends of the value axis (None: the back end's choice) or of the colour scale
     reference   the value that means "nothing happened": a line across the panel
     y_up     heat: first row at the bottom
-    frames   strip: pictures below the heat, uint8 [frame, height, width, 3]
+    frames   strip: pictures below the heat, uint8 [frame, height, width, 3]; across: frames in a line
     columns, rows   table
     reading  one sentence that says what stands out; alt: the figure in words
     """
@@ -83,8 +89,13 @@ class FigureSpec:
     reference: float | None = None
     y_up: bool = False
     frames: NDArray[np.uint8] | None = None
+    across: int = 8
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
+    log: Literal["", "x", "y", "xy"] = ""
+    words: tuple[tuple[tuple[str, ...], ...], ...] | None = None
+    places: NDArray[Any] | None = None
+    marked: tuple[bool, ...] = ()
     caption: str = ""
     reading: str = ""
     alt: str = ""
@@ -127,7 +138,8 @@ def figure_spec(
         result = result.mean(axis)
     if kind is not None and kind not in KINDS:
         raise UsageError(f"no figure kind {kind!r}; the kinds are {', '.join(KINDS)}")
-    make = {"lines": _lines, "heat": _heat, "strip": _strip, "table": _table}[kind or kind_of(result)]
+    makers = {"lines": _lines, "heat": _heat, "strip": _strip, "table": _table, "bars": _bars, "graph": _graph}
+    make = makers[kind or kind_of(result)]
     spec = make(result)
     spec = replace(
         spec,
@@ -245,6 +257,28 @@ def _table(r: Result) -> FigureSpec:
     )
 
 
+def _bars(r: Result) -> FigureSpec:
+    if len(r.axes) not in (1, 2):
+        raise UsageError(
+            f"bars need one or two axes, the result has {len(r.axes)}: {r.axes}; select or average first"
+        )
+    spec, last = _lines(r), r.axes[-1]
+    names = tuple(text(c) for c in r.coords[last])
+    return replace(spec, kind="bars", x=names, x_label=label(last), reference=r.baseline)
+
+
+def _graph(r: Result) -> FigureSpec:
+    """`notes["places"]` says where every node stands, `notes["marked"]` which are filled."""
+    places = np.asarray(r.notes.get("places", []), float)
+    if len(r.axes) != 2 or r.shape[0] != r.shape[1] or places.shape != (r.shape[0], 2):
+        raise UsageError(
+            f"a graph needs as many rows as columns and a place for each node, got {r.shape} and {places.shape}"
+        )
+    names = tuple(text(c) for c in r.coords[r.axes[0]])
+    marked = tuple(bool(m) for m in r.notes.get("marked", [False] * len(names)))
+    return FigureSpec("graph", "", r.unit, values=r.values, series=names, x=names, places=places, marked=marked)
+
+
 def _few_names(r: Result, numeric: bool) -> bool:
     return not numeric and r.shape[0] <= MAX_CURVES
 
@@ -340,14 +374,14 @@ def _reading(r: Result, spec: FigureSpec) -> str:
 
 
 def _alt(spec: FigureSpec) -> str:
-    what = {"lines": "Line chart", "heat": "Heat map", "strip": "Heat over video frames", "table": "Table"}[
-        spec.kind
-    ]
+    what = {"lines": "Line chart", "heat": "Heat map", "strip": "Heat over video frames", "table": "Table", "bars": "Bar chart", "graph": "Graph"}[spec.kind]  # fmt: skip
     size = {
         "lines": f"{len(spec.series)} curve{'s' * (len(spec.series) != 1)} over {spec.x_label.lower()}: {', '.join(spec.series)}",
         "heat": f"{spec.y_label.lower()} by {spec.x_label.lower()}, {' by '.join(str(n) for n in spec.values.shape)} cells",
         "strip": " by ".join(str(n) for n in spec.values.shape) + " tokens (frames, rows, columns)",
         "table": f"{len(spec.rows)} rows",
+        "bars": f"{spec.values.size} bars by {spec.x_label.lower()}: {', '.join(str(x) for x in spec.x)}",
+        "graph": f"{len(spec.series)} nodes, {int((spec.masked() > 0).sum())} links",
     }[spec.kind]
     return " ".join(f"{what}: {spec.title} ({spec.unit}); {size}. {spec.reading} {spec.caption}".split())
 
@@ -380,10 +414,10 @@ class Mosaic:
     height: float
 
 
-def mosaic(spec: FigureSpec, *, per_row: int = 8, gap: float = 0.06, head: float = 0.2) -> Mosaic:
-    """Lays the frames of a strip out, `per_row` to a line, with room for a label of height `head` above each line."""
+def mosaic(spec: FigureSpec, *, gap: float = 0.06, head: float = 0.2) -> Mosaic:
+    """Lays the frames of a strip out, `spec.across` to a line, with room for a label of height `head` above each line."""
     n, rows, cols = spec.values.shape
-    wide = max(1, min(n, per_row))
+    wide = max(1, min(n, spec.across))
     lines = -(-n // wide)
     tall = rows / cols if spec.frames is None else spec.frames.shape[1] / spec.frames.shape[2]
     corners = tuple(((i % wide) * (1 + gap), (i // wide) * (tall + head) + head) for i in range(n))
