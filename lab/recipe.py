@@ -1,11 +1,14 @@
 """Recipe: what was asked, written so that it can be asked again. Torch-free; runs nothing itself.
 
 A recipe is a frozen pydantic model. People read and write it as YAML; its identity is the hash of its canonical JSON.
-`kind` is the dotted path of the class that runs it, looked up inside `lab.` and `probes.` and nowhere else, so adding
+`kind` is the dotted path of the class that runs it, looked up inside `lab.`, `probes.` and `figures.` and nowhere else, so adding
 a recipe means writing a class (`class KnockoutRecipe(Recipe): ...`, fields and a `run`), and no list to edit:
 
     recipe = load("recipe.yaml")        # the class is found by `kind`, then checks every field
+    recipe = recipe.override({"model": "tiny", "items.n": 4, "pathways.0": "video->last"})
     results = recipe.run()
+
+The recipe of a figure is a `FigureRecipe`: it also says how well a second run repeats its numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -34,11 +37,12 @@ from pydantic import (
 )
 
 from lab.errors import ConfigError, UsageError
-from lab.result import Result, write_bytes
+from lab.overriding import changed
+from lab.result import Result, plain, write_bytes
 from lab.yamlfile import as_yaml, parse_yaml, read_text
 
 SCHEMA_VERSION = 1
-ROOTS = ("lab", "probes")
+ROOTS = ("lab", "probes", "figures")
 # version -> function from plain data of that version to plain data of the next one
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 _KIND = re.compile(rf"({'|'.join(ROOTS)})(\.[A-Za-z]\w*)+")
@@ -81,6 +85,20 @@ class Recipe(Part):
         out._folder = Path(folder)
         return out
 
+    def override(self, changes: Mapping[str, Any]) -> Self:
+        """The recipe with other values at dotted keys (see `lab.overriding`), checked as a file is; its folder stays.
+
+        "model" may be just a name: dtype and device stay, hashes of the old model go. Raises ConfigError, UsageError.
+        """
+        given = {
+            k: v.model_dump(mode="json") if isinstance(v, BaseModel) else plain(v, k)
+            for k, v in changes.items()
+        }
+        out = from_plain(changed(self.plain(), given), "recipe with the changes")
+        if type(out) is not type(self):
+            raise UsageError(f"kind: cannot be changed to {out.kind}; load a recipe of that kind")
+        return out.at(self._folder) if self._folder else out
+
     def plain(self) -> dict[str, Any]:
         """The fields as dict, list, text and numbers."""
         return self.model_dump(mode="json")
@@ -101,6 +119,29 @@ class Recipe(Part):
 
     def __hash__(self) -> int:
         return hash(self.canonical())
+
+
+Determinism = Literal["exact", "tolerance", "measured"]
+
+
+class FigureRecipe(Recipe):
+    """Base of the recipes of figures: fields that say what a second run of `run` must give.
+
+    determinism  "exact": the same bytes; "tolerance": every number within `tolerance` of the first, in its own unit;
+                 "measured": times and memory, of which counts, units and the stated order are repeated, not the numbers
+    tolerance    the bound; given with determinism "tolerance" and no other
+    """
+
+    determinism: Determinism = "exact"
+    tolerance: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _bound_where_due(self) -> Self:
+        if (self.determinism == "tolerance") != (self.tolerance is not None):
+            raise ValueError(
+                f"tolerance: is {self.tolerance} with determinism {self.determinism!r}; give it with 'tolerance' alone"
+            )
+        return self
 
 
 # ---- pieces that traces share ---------------------------------------------------------------------------------------
@@ -151,6 +192,9 @@ class ItemSpec(Part):
     clip: tuple[float, float] | None = None
 
 
+Benchmark = Literal["tvbench", "mvbench", "tomato", "tempcompass"]
+
+
 class SimSpec(Part):
     """Simulated items: `n` items of the simulator task `sim` (or of each, with commas between), drawn with `seed`."""
 
@@ -170,22 +214,74 @@ class ItemFile(Part):
     videos: str | None = None
 
 
+class BenchmarkSpec(Part):
+    """Questions of a public benchmark in the layout it is published in, from a folder on this machine.
+
+    folder  the benchmark's top folder; see `lab.benchmarks` for what must lie in it
+    task    one of its tasks, or several with commas between; None: all of them
+    n       the first n questions of every task; None: all of them
+    sha256  of the question files, checked when given
+    """
+
+    benchmark: Benchmark
+    folder: str
+    task: str | None = None
+    n: int | None = Field(default=None, ge=1)
+    sha256: str | None = None
+
+
+def items_named(text: str) -> dict[str, Any]:
+    """What a short text says about items: sim:TASKS[:N[:SEED]], BENCHMARK:FOLDER[:TASKS][:N], or the name of a file.
+
+    Raises ValueError for a sim: or a benchmark: with more or other parts.
+    """
+    head, _, rest = text.partition(":")
+    if head == "sim":
+        task, *numbers = rest.split(":")
+        if not task or len(numbers) > 2 or not all(n.isdecimal() for n in numbers):
+            raise ValueError("not sim:TASKS:N:SEED, such as sim:moving_direction,object_count:8:0")
+        return {"sim": task, **dict(zip(("n", "seed"), map(int, numbers), strict=False))}
+    if head not in get_args(Benchmark):
+        return {"file": text}
+    folder, *more = rest.split(":")
+    n = [int(more.pop())] if more and more[-1].isdecimal() else []
+    if not folder or len(more) > 1:
+        raise ValueError(f"not {head}:FOLDER:TASKS:N, such as {head}:/data/{head}:20")
+    return {
+        "benchmark": head,
+        "folder": folder,
+        **({"task": more[0]} if more else {}),
+        **({"n": n[0]} if n else {}),
+    }
+
+
 def _items_tag(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "text"
     if isinstance(value, list | tuple):
         return "list"
     has = value.__contains__ if isinstance(value, dict) else lambda name: hasattr(value, name)
-    return "sim" if has("sim") else "file" if has("file") else None
+    return next((tag for tag in ("sim", "file", "benchmark") if has(tag)), None)
 
 
-# Where items come from: a list of them, a simulator task, or a file.
-ItemsSpec = Annotated[
-    Annotated[tuple[ItemSpec, ...], Tag("list")]
-    | Annotated[SimSpec, Tag("sim")]
-    | Annotated[ItemFile, Tag("file")],
-    Discriminator(
-        _items_tag, custom_error_type="items", custom_error_message="Items are a list, or have sim:, or file:"
-    ),
+_WHICH_ITEMS = Discriminator(
+    _items_tag,
+    custom_error_type="items",
+    custom_error_message="Items are a list, or have sim:, or file:, or benchmark:",
+)
+_Named = (
+    Annotated[SimSpec, Tag("sim")]
+    | Annotated[ItemFile, Tag("file")]
+    | Annotated[BenchmarkSpec, Tag("benchmark")]
+)
+_Text = Annotated[
+    Annotated[_Named, _WHICH_ITEMS],
+    BeforeValidator(items_named, json_schema_input_type=str),
+    Tag("text"),
 ]
+# Where items come from: a list of them, a simulator task, a file, a benchmark's folder, or a text that names one of
+# the last three (see `items_named`).
+ItemsSpec = Annotated[Annotated[tuple[ItemSpec, ...], Tag("list")] | _Named | _Text, _WHICH_ITEMS]
 
 
 # ---- from and to files ----------------------------------------------------------------------------------------------
@@ -343,6 +439,8 @@ def _folders(root: str) -> list[Path]:
 def _kinds_in(root: str, folder: Path) -> Iterator[str]:
     for file in sorted(folder.rglob("*.py")):
         place = ".".join((root, *file.relative_to(folder).with_suffix("").parts))
+        if place == __name__:  # bases, none of which runs
+            continue
         for name in re.findall(
             r"^class (\w+)\((?:\w+\.)?\w*Recipe\)", file.read_text("utf-8", "replace"), re.M
         ):
