@@ -17,7 +17,7 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from lab.errors import UsageError
@@ -253,7 +253,9 @@ def _cells(ax: Axes, spec: FigureSpec, x: Any, y: Any, z: Any, bad: Any) -> None
             zorder=2,
         )
     figure = ax.get_figure()
-    assert isinstance(figure, Figure)
+    assert isinstance(figure, FigureBase)
+    if not spec.unit:  # the colours mean nothing by themselves
+        return
     shrink = 0.8 if spec.kind == "strip" else 1.0
     figure.colorbar(
         mesh, ax=ax, label=spec.unit, shrink=shrink, ticks=MaxNLocator(5), pad=0.02, fraction=0.06

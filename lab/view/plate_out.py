@@ -53,6 +53,8 @@ def plate_matplotlib(plate: Plate) -> Picture:
         for i, (part, row) in enumerate(zip(parts, plate.rows, strict=True)):
             shares = plate.shares[i] if i < len(plate.shares) and plate.shares[i] else (1.0,) * len(row)
             _row(part, plate, row, shares, first)
+            if plate.legend == "below" and _curves_of(row) not in [_curves_of(r) for r in plate.rows[i + 1 :]]:
+                _legend(part, plate, row)
             first += len(row)
         return fig
 
@@ -63,21 +65,28 @@ def _row(part: SubFigure, plate: Plate, row: Sequence[FigureSpec], shares: Seque
         draw_on(ax, spec, size=2.6)
         letter = f"({LETTERS[first + i]}) " if plate.letters and len(plate.figures) > 1 else ""
         inches = plate.width * shares[i] / sum(shares)
-        ax.set_title(wrapped(letter + spec.title, max(12, int(inches * 17))), loc="left")
+        ax.set_title(_broken(letter + spec.title, max(12, int(inches * 17))), loc="left")
         if i and spec.kind == "lines" and row[0].limits is not None and spec.limits == row[0].limits:
             ax.set_ylabel("")
             ax.tick_params(labelleft=False)
-    if plate.legend == "below":
-        _legend(part, plate, axes, row)
-    else:
-        for ax, spec in zip(axes, row, strict=True):
-            if _named(spec):
-                ax.legend(borderaxespad=0.2, handlelength=1.8)
+    for ax, spec in zip(axes, row, strict=True):
+        if plate.legend == "inside" and _named(spec):
+            ax.legend(borderaxespad=0.2, handlelength=1.8)
 
 
-def _legend(part: SubFigure, plate: Plate, axes: Sequence[Axes], row: Sequence[FigureSpec]) -> None:
+def _broken(title: str, width: int) -> str:
+    """Lines of at most `width` characters; those that stand in the title stay."""
+    return "\n".join(wrapped(line, width) for line in title.split("\n"))
+
+
+def _curves_of(row: Sequence[FigureSpec]) -> tuple[str, ...]:
+    """The names that a row's legend lists."""
+    return next((s.series for s in row if _named(s)), ())
+
+
+def _legend(part: SubFigure, plate: Plate, row: Sequence[FigureSpec]) -> None:
     """One legend for all figures of the row that draw the same curves."""
-    for ax in (a for a, s in zip(axes, row, strict=True) if _named(s)):
+    for ax in (a for a, s in zip(part.axes, row, strict=False) if _named(s)):
         handles, names = ax.get_legend_handles_labels()
         longest = max(map(len, names))
         columns = max(1, min(len(names), int(plate.width / (0.38 + 0.055 * longest))))

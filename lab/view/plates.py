@@ -62,7 +62,8 @@ class Plate:
 
 def one_scale(specs: Sequence[FigureSpec], *, room: float = 0.05) -> tuple[FigureSpec, ...]:
     """Line figures with one scale of values, so that their heights can be compared."""
-    ends = [a for s in specs for a in (s.values, s.low, s.high, np.array([s.reference or 0.0])) if a is not None]
+    ends = [a for s in specs for a in (s.values, s.low, s.high) if a is not None]
+    ends += [np.array([s.reference]) for s in specs if s.reference is not None]
     known = np.concatenate([a[np.isfinite(a)].ravel() for a in ends])
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
     more = room * (high - low) or 1.0

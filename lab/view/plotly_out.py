@@ -272,7 +272,7 @@ def _cells(spec: FigureSpec, z: NDArray[Any], places: dict[str, Any], shown: Any
     lo, hi = spec.limits or (0.0, 1.0)
     return go.Heatmap(
         z=z, **places, customdata=shown, hovertemplate=hover, zmin=lo, zmax=hi, colorscale=_scale(spec),
-        hoverongaps=False, colorbar=_colorbar(spec),
+        hoverongaps=False, colorbar=_colorbar(spec), showscale=bool(spec.unit),
     )  # fmt: skip
 
 
