@@ -39,11 +39,16 @@ class PictureRecipe(Owner):
 
         return load_spec(self.model), self.drawn()
 
-    def drawn(self) -> list[Any]:
-        """The items alone."""
+    def lists(self) -> list[str]:
+        """Names of the fields that hold items."""
+        return [n for n in ("items", "holdout") if n in type(self).model_fields]
+
+    def drawn(self, name: str = "items") -> list[Any]:
+        """The items of one of the `lists` alone."""
         from lab.items import load_items
 
-        given = [s.model_dump(mode="json") for s in self.items] if isinstance(self.items, tuple) else self.items
+        spec = getattr(self, name)
+        given = [s.model_dump(mode="json") for s in spec] if isinstance(spec, tuple) else spec
         return list(load_items(given, base=self.folder))
 
 

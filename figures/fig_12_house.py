@@ -140,8 +140,8 @@ def draw(results: Sequence[Result]) -> Plate:
         "The house: who imports whom", ((spec,),),
         f"Import graph of the code: {n} rooms, {house.notes['modules']} modules, {total:,} lines that are not empty. A room stands above all that it imports, "
         f"so every line leads down; stronger lines stand for more importing modules. Filled: the {len(house.notes['entered'])} rooms that one question "
-        f"to {house.notes['model']} enters. Below each name, thousands of lines. n = 1 question.",
-        width=FULL, heights=(0.62 * (max(floor.values()) + 1),), letters=False,
+        f"to {house.notes['model']} enters. Below each name, its lines. n = 1 question.",
+        width=FULL, heights=(0.52 * (max(floor.values()) + 1),), letters=False,
     )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def _graph(house: Result) -> FigureSpec:
             # neighbours on a crowded floor stand a little higher and lower, so that names do not touch
             sway = 0.0 if len(here) < 9 else (0.22 if i % 2 else -0.22)
             places[rooms.index(r)] = (i + 0.5) / len(here), (level + 0.5 + sway) / (top + 1)
-    names = [f"{r.removeprefix('lab.')}\n{house.notes['lines'][r] / 1000:.1f}k" for r in rooms]
+    names = [f"{r.removeprefix('lab.')}\n{house.notes['lines'][r]:,}" for r in rooms]
     notes: dict[str, Any] = {"places": places.tolist(), "marked": [r in house.notes["entered"] for r in rooms]}
     named = replace(house, coords={"room": names, "imported": names}, notes=notes)
-    return replace(figure_spec(named, kind="graph", title="", caption=""), title="The house")
+    return replace(figure_spec(named, kind="graph", title="", caption=""), title="")

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lab.errors import UsageError
 from lab.result import write_bytes
@@ -95,7 +95,8 @@ def draw_on(ax: Axes, spec: FigureSpec, *, size: float | None = None) -> None:
     """One figure on axes that lie somewhere on a page, without title, caption and legend. size: of markers, in points."""
     if spec.kind == "lines":
         curves(ax, spec, size=size)
-        ax.set_xticks(*spec.x_ticks(10 if size is None else 8))
+        if "x" not in spec.log or len(spec.x) <= 8:
+            ax.set_xticks(*spec.x_ticks(8))
         ax.set(xlabel=spec.x_label, ylabel=spec.y_label)
     else:
         _PLAN[spec.kind][0](ax, spec)
@@ -136,11 +137,12 @@ def curves(ax: Axes, spec: FigureSpec, *, size: float | None = None) -> None:
 
 
 def _logarithmic(ax: Axes, spec: FigureSpec) -> None:
-    if "x" in spec.log:
-        ax.set_xscale("log")
-    if "y" in spec.log:
-        ax.set_yscale("log")
-    ax.minorticks_off()
+    for name, axis in (("x", ax.xaxis), ("y", ax.yaxis)):
+        if name in spec.log:
+            getattr(ax, f"set_{name}scale")("log")
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: text(float(value))))  # "$" is a letter here
+            axis.set_minor_locator(NullLocator())
 
 
 def _bars(ax: Axes, spec: FigureSpec) -> None:
@@ -165,8 +167,7 @@ def _bars(ax: Axes, spec: FigureSpec) -> None:
     ax.invert_yaxis()
     ax.set_xlabel(spec.unit)
     ax.margins(x=0.16)
-    if "x" in spec.log:
-        ax.set_xscale("log")
+    _logarithmic(ax, spec)
     if spec.limits is not None:
         ax.set_xlim(spec.limits)
 

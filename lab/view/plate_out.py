@@ -66,12 +66,14 @@ def _row(part: SubFigure, plate: Plate, row: Sequence[FigureSpec], shares: Seque
         letter = f"({LETTERS[first + i]}) " if plate.letters and len(plate.figures) > 1 else ""
         inches = plate.width * shares[i] / sum(shares)
         ax.set_title(_broken(letter + spec.title, max(12, int(inches * 17))), loc="left")
+        if spec.kind == "heat" and sum(len(str(x)) + 2 for x in spec.x) > 11 * inches:
+            ax.tick_params(axis="x", labelrotation=90)
         if i and spec.kind == "lines" and row[0].limits is not None and spec.limits == row[0].limits:
             ax.set_ylabel("")
             ax.tick_params(labelleft=False)
     for ax, spec in zip(axes, row, strict=True):
         if plate.legend == "inside" and _named(spec):
-            ax.legend(borderaxespad=0.2, handlelength=1.8)
+            ax.legend(borderaxespad=0.2, handlelength=1.8, frameon=True, framealpha=0.75, edgecolor="none")
 
 
 def _broken(title: str, width: int) -> str:
