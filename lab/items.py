@@ -4,6 +4,8 @@ load_items("clips.jsonl")                                       one JSON object 
 load_items("clips.yaml")                                        a list, or {items: [...]}, or {sim: ...}
 load_items("tvbench/json/action_sequence.json", videos="tvbench/video")
 load_items({"sim": "moving_direction", "n": 8, "seed": 0})      made by lab.sim; several tasks with commas between
+load_items({"benchmark": "tomato", "folder": "/data/TOMATO", "task": "count", "n": 20})      see lab.benchmarks
+load_items("tomato:/data/TOMATO:count:20"), load_items("sim:moving_direction:8:0")           the same in a word
 """
 
 from __future__ import annotations
@@ -20,9 +22,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from lab.benchmark_rows import as_item_rows, is_benchmark
+from lab.benchmarks.folders import hash_of, question_files, rows_of
 from lab.carriers import LETTERS, VideoQA
 from lab.errors import ConfigError, LabError, UsageError
-from lab.recipe import ItemFile, ItemSpec, Part, SimSpec, VideoSpec, explain, sha256_of
+from lab.recipe import (
+    BenchmarkSpec,
+    ItemFile,
+    ItemSpec,
+    Part,
+    SimSpec,
+    VideoSpec,
+    explain,
+    items_named,
+    sha256_of,
+)
 from lab.result import write_bytes
 from lab.runs import unique
 from lab.yamlfile import as_yaml, parse_yaml, read_text
@@ -33,7 +46,7 @@ FIELDS = ("video", "question", "options", "answer", "id", "task", "clip")
 def load_items(
     source: Any, *, base: str | Path | None = None, videos: str | Path | None = None
 ) -> list[VideoQA]:
-    """Items from a path, a simulator spec, a recipe's `items`, or a list of dicts; at least one.
+    """Items from a path, a simulator spec, a benchmark's folder, a recipe's `items`, or a list of dicts; at least one.
 
     base    folder that relative paths start from: by default the file's own folder, or the working folder
     videos  folder below which a benchmark file's videos lie (see `lab.benchmark_rows`); None: the file's own folder
@@ -42,6 +55,8 @@ def load_items(
     folder = Path(base) if base is not None else Path.cwd()
     if isinstance(source, Part):
         source = source.model_dump(mode="json")
+    if isinstance(source, str) and "file" not in (named := _named(source)):
+        source = named
     if isinstance(source, str | Path):
         items = _from_file(folder / source, videos)
     elif isinstance(source, Mapping):
@@ -121,6 +136,25 @@ def _from_lines(text: str, folder: Path, path: Path) -> list[VideoQA]:
     return items
 
 
+def _named(text: str) -> dict[str, Any]:
+    try:
+        return items_named(text)
+    except ValueError as e:
+        raise ConfigError(f"items {text}: {e}") from None
+
+
+def pinned(spec: Any, base: Path) -> Any:
+    """A source of items with the hash of its files filled in, so that a recipe says which ones were meant.
+
+    Raises ConfigError if they cannot be read.
+    """
+    if isinstance(spec, ItemFile):
+        return spec.model_copy(update={"sha256": sha256_of(base / spec.file)})
+    if isinstance(spec, BenchmarkSpec):
+        return spec.model_copy(update={"sha256": hash_of(question_files(spec, base))})
+    return spec
+
+
 def _from_mapping(data: dict[str, Any], folder: Path, where: str) -> list[VideoQA]:
     if "sim" in data:
         return _simulated(_checked(SimSpec, data, where))
@@ -128,6 +162,10 @@ def _from_mapping(data: dict[str, Any], folder: Path, where: str) -> list[VideoQ
         spec = _checked(ItemFile, data, where)
         _check_hash(folder / spec.file, spec.sha256, where)
         return _from_file(folder / spec.file, None if spec.videos is None else folder / spec.videos)
+    if "benchmark" in data:
+        spec = _checked(BenchmarkSpec, data, where)
+        rows = rows_of(spec, folder)
+        return [_built(r, folder, f"{spec.benchmark} {r['id']}", r["id"]) for r in rows]
     return [_item(data, folder, where, "item:1")]
 
 
@@ -158,7 +196,8 @@ def _built(row: dict[str, Any], folder: Path, where: str, default_id: str) -> Vi
             raise ConfigError(f"{where}: {name} must be text, got {row[name]!r}; quote it")
     try:
         answer = _answer(row.get("answer"), tuple(options))
-        video = str(_video_path(row["video"], folder, where))
+        given = row["video"]
+        video = given if isinstance(given, tuple) else str(_video_path(given, folder, where))
         return VideoQA(
             video, row["question"], tuple(options), answer, row.get("id") or default_id, row.get("task", ""),
             clip=row.get("clip"),
@@ -233,11 +272,9 @@ def _checked(cls: type[Any], data: dict[str, Any], where: str) -> Any:
 
 def _simulated(spec: SimSpec) -> list[VideoQA]:
     out: list[VideoQA] = []
-    for task in spec.sim.split(","):
-        made = _simulator(task.strip()).items(n=spec.n, seed=spec.seed)
-        out += [
-            _item(item, Path.cwd(), task, f"{task.strip()}:{spec.seed}:{i}") for i, item in enumerate(made)
-        ]
+    for task in importlib.import_module("lab.sim.tasks").named_tasks(spec.sim):
+        made = _simulator(task).items(n=spec.n, seed=spec.seed)
+        out += [_item(item, Path.cwd(), task, f"{task}:{spec.seed}:{i}") for i, item in enumerate(made)]
     return out
 
 

@@ -17,6 +17,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -288,8 +289,16 @@ ItemsSpec = Annotated[Annotated[tuple[ItemSpec, ...], Tag("list")] | _Named | _T
 
 
 def load(path: str | Path) -> Recipe:
-    """Reads a YAML recipe; its relative paths start from the file's folder. Raises ConfigError, always one line."""
-    return from_plain(parse_yaml(read_text(path), str(path)), str(path)).at(Path(path).resolve().parent)
+    """Reads a YAML recipe; its relative paths start from the file's folder, or from `base:`, seen from there.
+
+    `base` says where files lie, not what is asked: it is no part of the recipe's identity. Raises ConfigError, always one
+    line.
+    """
+    data, folder = parse_yaml(read_text(path), str(path)), Path(path).resolve().parent
+    base = data.pop("base", ".") if isinstance(data, dict) else "."
+    if not isinstance(base, str) or "\0" in base:
+        raise ConfigError(f"{path}: base: must be the name of a folder, got {_short(base)}")
+    return from_plain(data, str(path)).at(folder / base)
 
 
 def loads(text: str, name: str = "recipe") -> Recipe:
@@ -300,10 +309,22 @@ def loads(text: str, name: str = "recipe") -> Recipe:
 def dump(recipe: Recipe, path: str | Path | None = None) -> str:
     """The recipe as YAML text, also written to `path` if given. Raises ConfigError if `load` could not read it back."""
     resolve(recipe.kind)
-    text = as_yaml(recipe.plain())
+    data = recipe.plain()
+    if path is not None and _has_relative_paths(recipe):
+        start = os.path.relpath(recipe.folder.resolve(), Path(path).resolve().parent)
+        data = data if start == "." else {"base": Path(start).as_posix(), **data}
+    text = as_yaml(data)
     if path is not None:
         write_bytes(path, text.encode())
     return text
+
+
+def _has_relative_paths(part: Any) -> bool:
+    if isinstance(part, VideoSpec | ItemFile | BenchmarkSpec):
+        named = (getattr(part, n, None) for n in ("path", "file", "videos", "folder"))
+        return any(n is not None and not Path(n).expanduser().is_absolute() for n in named)
+    values = [v for _, v in part] if isinstance(part, BaseModel) else part
+    return isinstance(values, list | tuple) and any(_has_relative_paths(v) for v in values)
 
 
 def from_plain(data: Any, name: str = "recipe") -> Recipe:
@@ -441,8 +462,9 @@ def _kinds_in(root: str, folder: Path) -> Iterator[str]:
         place = ".".join((root, *file.relative_to(folder).with_suffix("").parts))
         if place == __name__:  # bases, none of which runs
             continue
+        # by name; a base that others share derives from `Recipe as Owner`, and is not for running
         for name in re.findall(
-            r"^class (\w+)\((?:\w+\.)?\w*Recipe\)", file.read_text("utf-8", "replace"), re.M
+            r"^class (\w*Recipe)\((?!Owner\))[\w., ]+\)", file.read_text("utf-8", "replace"), re.M
         ):
             yield f"{place}.{name}"
 

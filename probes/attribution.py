@@ -32,15 +32,14 @@ from lab.adapters.captum import (
 from lab.adapters.captum_pixels import Pixels
 from lab.adapters.captum_players import Coalitions, ablation, infidelity, occlusion, shapley
 from lab.errors import LabWarning, UsageError
-from lab.items import load_items
 from lab.model.ready import Ready
 from lab.patch.metrics import answers_of
-from lab.recipe import ItemsSpec, ModelSpec, Recipe
+from lab.recipe import Recipe
 from lab.result import Result
 from lab.runs import Cancel, progress
 from lab.slots import plan_of
 from probes import against as corrupting
-from probes.knockout import load_spec
+from probes.asking import ProbeRecipe, load_spec
 from probes.video_grid import grid_shape, merged, painted, players_of, pooled
 
 Method = Literal["ig", "gradient_shap", "occlusion", "ablation", "shapley"]
@@ -55,12 +54,9 @@ UNITS = {
 }
 
 
-class AttributionRecipe(Recipe):
-    """An attribution. `items` are simulated or from a file; see `attribute` for the fields (`place` is its `at`)."""
+class AttributionRecipe(ProbeRecipe):
+    """An attribution; see `attribute` for the fields (`place` is its `at`)."""
 
-    model: ModelSpec = ModelSpec()
-    items: ItemsSpec
-    n_frames: int = 8
     method: Method = "shapley"
     place: str = "embed"
     layer: int | None = None
@@ -73,22 +69,14 @@ class AttributionRecipe(Recipe):
 
     def run(self, *, progress: bool = True, model: Any = None) -> list[Result]:
         """Load what the recipe names (or use `model`) and attribute."""
-        model = model or load_spec(self.model)
-        given = (
-            [s.model_dump(mode="json") for s in self.items] if isinstance(self.items, tuple) else self.items
-        )
-        items = load_items(given, base=self.folder)
         names = ("method", "layer", "players", "block", "against", "target", "output", "n_steps", "n_frames")
+        given = {n: getattr(self, n) for n in names}
         return [
             attribute(
-                model,
-                items,
-                at=self.place,
-                **{n: getattr(self, n) for n in names},
-                show_progress=progress,
-                recipe=self,
+                model or load_spec(self.model), self.questions(), at=self.place, **given, policy=self.edge_policy(),
+                mechanisms=self.on(), show_progress=progress, recipe=self,
             )
-        ]
+        ]  # fmt: skip
 
 
 def attribute(

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lab.carriers import VideoQA
 from lab.edges.dense import dense_edges
 from lab.edges.pathways import PATHWAYS, PORTABLE, cut_mask, listed, usual_pathways
 from lab.edges.sweeping import (
@@ -29,14 +28,13 @@ from lab.edges.sweeping import (
     map_of,
     run_sweep,
 )
-from lab.errors import ConfigError
 from lab.items import load_items, spec_of
 from lab.model.ready import Ready
-from lab.model.zoo import load, weights_hash
-from lab.recipe import ItemSpec, ItemsSpec, ModelSpec, Recipe
+from lab.recipe import ItemsSpec, ModelSpec, Recipe
 from lab.result import Result
 from lab.runs import Cancel
 from lab.slots import Plan
+from probes.asking import MechanismSpecs, load_spec, prepared
 
 __all__ = [
     "PATHWAYS", "PORTABLE", "UNIT", "WINDOW", "KnockoutRecipe", "Metric", "cut_mask", "dense_edges", "knockout",
@@ -62,13 +60,15 @@ class KnockoutRecipe(Recipe):
     per_token: bool = False
     heads: Literal["each"] | tuple[int, ...] | None = None
     frame_pairs: Literal["each"] | tuple[tuple[int, int], ...] | None = None
+    mechanisms: MechanismSpecs = ()
 
     def run(
         self, *, progress: bool = True, model: Any = None, out: str | Path | None = None, executor: Executor = DEFAULT,
     ) -> list[Result]:  # fmt: skip
         """Load what the recipe names (or use `model`) and sweep. Raises ConfigError if a file or the weights changed."""
         model = model or load_spec(self.model)
-        items, ready = self._ready(model)
+        items = load_items(self.items, base=self.folder)
+        ready = prepared(self, model, items)
         what = Sweep(
             listed(self.pathways), self.window, self.style, self.metrics or (self.metric,), executor, heads=self.heads,
             frame_pairs=self.frame_pairs, target=self.target, per_token=self.per_token,
@@ -76,28 +76,17 @@ class KnockoutRecipe(Recipe):
         passing = [True] * len(ready)
         return [
             run_sweep(
-                model, items, ready, what, recipe=self, journal=self, out=out, show=progress, passing=passing
+                model,
+                list(items),
+                ready,
+                what,
+                recipe=self,
+                journal=self,
+                out=out,
+                show=progress,
+                passing=passing,
             )
         ]
-
-    def _ready(self, model: Any) -> tuple[list[VideoQA | None], list[Ready]]:
-        items = list(load_items([s.model_dump(mode="json") for s in self.items] if isinstance(self.items, tuple) else self.items, base=self.folder))  # fmt: skip
-        specs = self.items if isinstance(self.items, tuple) else (None,) * len(items)
-        return list(items), [model.prepare(i, **self._sampling(s)) for i, s in zip(items, specs, strict=True)]
-
-    def _sampling(self, spec: ItemSpec | None) -> dict[str, Any]:
-        return (spec.video.sampling() if spec else {}) or {"n_frames": self.n_frames}
-
-
-def load_spec(spec: ModelSpec) -> Any:
-    """The model a recipe names. Raises ConfigError if its weights are not the ones the recipe was made with."""
-    have = weights_hash(spec.name) if spec.weights else None
-    if spec.weights and have != spec.weights:
-        raise ConfigError(
-            f"weights of {spec.name} have hash {have}, the recipe was made with {spec.weights}; get those"
-        )
-    dtype, device = (None if v == "auto" else v for v in (spec.dtype, spec.device))
-    return load(spec.name, dtype=dtype, device=device, revision=spec.revision)
 
 
 def knockout(

@@ -60,7 +60,12 @@ class LinearRecipe(ProbeRecipe):
         if self.twins:
             found = [c.ready for c in who.cases]
             who = asked(
-                who.model, found, n_frames=self.n_frames, policy=who.policy, mechanisms=(), twins=True
+                who.model,
+                found,
+                n_frames=self.n_frames,
+                policy=who.policy,
+                mechanisms=self.on(),
+                twins=True,
             )
         what = _What(
             self.label,

@@ -24,7 +24,6 @@ from lab.edges.segments import names as parts_of
 from lab.edges.segments import roles_here
 from lab.edges.sweeping import layers_of
 from lab.errors import LabWarning, UsageError
-from lab.items import load_items
 from lab.model.ready import Ready
 from lab.patch.edits import Edit, take
 from lab.patch.gradients import attribution_patch
@@ -32,11 +31,11 @@ from lab.patch.metrics import BASELINES, UNITS, Metric, Score, answers_of
 from lab.patch.paths import SHADOW, token_path
 from lab.patch.sites import EMBED, check_site, hook_name, n_heads
 from lab.patch.worlds import Worlds
-from lab.recipe import ItemsSpec, ModelSpec, Recipe
+from lab.recipe import Recipe
 from lab.result import Result
 from lab.runs import Cancel, Ledger, Run, progress
 from probes import against as corrupting
-from probes.knockout import load_spec
+from probes.asking import ProbeRecipe, load_spec
 
 By = Literal["frame", "role", "head"]
 CLEAN, CORRUPTED = "clean", "corrupted"
@@ -45,12 +44,9 @@ PATHS = ("video->question+option", "video->last", "question+option->last", "last
 NEAR = 0.5  # nats; where both worlds answer alike, and so near, a share of the way says little
 
 
-class PatchingRecipe(Recipe):
-    """A patching grid. `items` are simulated or from a file; see `patching` for the fields."""
+class PatchingRecipe(ProbeRecipe):
+    """A patching grid; see `patching` for the fields."""
 
-    model: ModelSpec = ModelSpec()
-    items: ItemsSpec
-    n_frames: int = 8
     by: By = "frame"
     site: str = "resid_pre"
     role: str | None = None
@@ -61,16 +57,14 @@ class PatchingRecipe(Recipe):
 
     def run(self, *, progress: bool = True, model: Any = None, out: str | Path | None = None) -> list[Result]:
         """Load what the recipe names (or use `model`) and patch. Raises ConfigError if a file or the weights changed."""
-        model = model or load_spec(self.model)
-        given = (
-            [s.model_dump(mode="json") for s in self.items] if isinstance(self.items, tuple) else self.items
-        )
-        items = load_items(given, base=self.folder)
-        fields = {
-            n: getattr(self, n)
-            for n in ("by", "site", "role", "window", "into", "against", "metric", "n_frames")
-        }
-        return [patching(model, items, **fields, out=out, show_progress=progress, recipe=self)]
+        names = ("by", "site", "role", "window", "into", "against", "metric", "n_frames")
+        given = {n: getattr(self, n) for n in names}
+        return [
+            patching(
+                model or load_spec(self.model), self.questions(), **given, policy=self.edge_policy(), mechanisms=self.on(),
+                out=out, show_progress=progress, recipe=self,
+            )
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from lab.edges.cells import Cell
 from lab.edges.scoring import AXES, scores
 from lab.edges.validating import CELLS, validate_scores
 from lab.errors import UsageError
-from lab.items import load_items, spec_of
+from lab.items import spec_of
 from lab.model.ready import Ready
 from lab.recipe import ItemsSpec, ModelSpec, Recipe
 from lab.result import Result
-from probes.knockout import load_spec
+from probes.asking import MechanismSpecs, load_spec, prepared
 
 Form = Literal["knockout", "gate", "read"]
 
@@ -39,19 +39,12 @@ class ScoresRecipe(Recipe):
     form: Form = "knockout"
     drop: bool = False
     cells: int = Field(default=CELLS, ge=0)
+    mechanisms: MechanismSpecs = ()
 
     def run(self, *, progress: bool = True, model: Any = None) -> list[Result]:
         """Load what the recipe names (or use `model`), score, validate. Raises ConfigError if file or weights changed."""
         model = model or load_spec(self.model)
-        return [_scored(model, self._ready(model), self, progress)]
-
-    def _ready(self, model: Any) -> list[Ready]:
-        specs = self.items if isinstance(self.items, tuple) else ()
-        listed = [s.model_dump(mode="json") for s in specs] if specs else self.items
-        items = list(load_items(listed, base=self.folder))
-        sampled = [s.video.sampling() or {"n_frames": self.n_frames} for s in specs]
-        sampled = sampled or [{"n_frames": self.n_frames}] * len(items)
-        return [model.prepare(i, **how) for i, how in zip(items, sampled, strict=True)]
+        return [_scored(model, prepared(self, model), self, progress)]
 
 
 def edge_scores(

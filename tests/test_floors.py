@@ -26,12 +26,21 @@ FLOOR = {
     "lab.preprocessor": 1, "lab.resample": 1, "lab.prompt": 1, "lab.runs": 1,
     "lab.model": 2,
     "lab.edges": 3, "lab.patch": 3, "lab.generate": 3, "lab.adapters": 3,
-    "lab.mechanisms": 4, "lab.sim": 4, "lab.items": 4, "lab.benchmark_rows": 1,
+    "lab.mechanisms": 4, "lab.sim": 4, "lab.items": 4, "lab.benchmark_rows": 1, "lab.benchmarks": 1,
     "lab.view": 5, "probes": 5,
     "lab.comparison": 6, "lab.learn": 6, "lab.bench": 6,
     "lab.cli": 7, "lab.app": 7, "figures": 7,
 }  # fmt: skip
-TORCH_FREE = ("lab.errors", "lab.result", "lab.recipe", "lab.overriding", "lab.spans", "lab.yamlfile")
+TORCH_FREE = (
+    "lab.errors",
+    "lab.result",
+    "lab.recipe",
+    "lab.overriding",
+    "lab.benchmarks",
+    "lab.benchmark_rows",
+    "lab.spans",
+    "lab.yamlfile",
+)
 # Rooms that may import less than all below them: the floors, or rooms, they may use beside themselves.
 HIGHEST = {
     "lab.edges": 2,

@@ -8,7 +8,8 @@ import pytest
 from lab.benchmark_rows import MVBENCH, as_item_rows, is_benchmark
 from lab.carriers import VideoQA
 from lab.cli import main as cli
-from lab.cli.sweeps import _heads, _pairs, source_of
+from lab.cli.sources import source_of
+from lab.cli.sweeps import _heads, _pairs
 from lab.errors import ConfigError, UsageError
 from lab.items import dump_items, item_of, load_items, spec_of
 from lab.recipe import ItemFile

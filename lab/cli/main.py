@@ -408,17 +408,26 @@ def attribute(
 @app.command("run", short_help="Carry out a recipe.")
 def rerun(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A recipe.yaml that a trace wrote, or your own.")
+        str, typer.Argument(metavar="RECIPE", help="A recipe.yaml that a command wrote, or your own.")
     ],
-    out: Annotated[
-        str | None, typer.Option("--out", metavar="FOLDER", help="Save results and report here.")
-    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value: items.n=4, model.dtype=bfloat16, pathways.0='video->last'; repeat for more.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="NAME", help="Another model.")] = None,
+    items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="Other questions, as in `vlab sweep`.")] = None,
+    device: Device = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="FOLDER", help="Save results and report here (default: out/ID, if no results lie beside the recipe).")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run it even if FOLDER holds its results.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Show the recipe and where its results would go; run nothing.")] = False,
     as_json: Json = False,
-) -> None:
-    """Carry out a recipe. If result.npz lies beside it, say how far the new numbers are from it."""
+) -> None:  # fmt: skip
+    """Carry out a recipe, with other values if you like. Can be interrupted; the same command goes on.
+
+    Results of the same recipe are used again if nothing has changed since. If result.npz lies beside the recipe, say how
+    far the numbers are from it.
+    """
     from lab.cli import rerunning
 
-    _finish(lambda: rerunning.rerun(recipe, out), as_json)
+    changes = rerunning.Changes(tuple(settings or ()), model, items, device)
+    _finish(lambda: rerunning.rerun(rerunning.Asked(recipe, changes, out, fresh, dry)), as_json)
 
 
 @app.command(short_help="Show what every position of the prompt is.")

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lab.errors import LabWarning
+from lab.errors import LabWarning, UsageError
 
 
 @dataclass(frozen=True)
@@ -86,3 +87,15 @@ def gigabytes(n: float) -> str:
         if n >= size:
             return f"{n / size:.3g} {unit}"
     return f"{n:.0f} bytes"
+
+
+def folder_for(out: str) -> Path:
+    """The folder that `--out` names, made if it is not there. Raises UsageError."""
+    if not out.strip():
+        raise UsageError("--out is empty; name a folder")
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as e:
+        raise UsageError(f"--out {out[:200]}: cannot be made: {getattr(e, 'strerror', None) or e}") from None
+    return folder

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lab.cli.asking import Setting
-from lab.cli.output import Reply
+from lab.cli.keeping import keep
+from lab.cli.output import Reply, folder_for
 from lab.cli.probing import checked
 from lab.cli.rerunning import resumable, write_results
-from lab.cli.sweeps import source_of
-from lab.cli.tracing import folder_for
+from lab.cli.sources import source_of
 from lab.errors import UsageError
 
 
@@ -44,11 +45,11 @@ def attribute_items(
 def _probed(
     kind: Any, items: str, setting: Setting, fields: Mapping[str, Any], out: str, *, paint: bool = False
 ) -> Reply:
-    from lab.recipe import ModelSpec, dump
+    from lab.recipe import ModelSpec
 
     if setting.fps is not None:
         raise UsageError("--fps: a probe takes the same number of frames of every video; use --frames")
-    source = source_of(items)
+    source, started = source_of(items), time.monotonic()
     model = setting.load()
     given = {k: v for k, v in fields.items() if v is not None}
     recipe = checked(
@@ -59,10 +60,10 @@ def _probed(
     files = write_results(results, folder)
     if paint:
         _painted(model, recipe, results, folder)
-    dump(recipe, folder / "recipe.yaml")
+    files = keep(recipe, files, folder, started)
     ledger = results[0].ledger
     data = {
-        "recipe": recipe.id, "ledger": ledger, "files": [str(f) for f in [*files, folder / "recipe.yaml"]],
+        "recipe": recipe.id, "ledger": ledger, "files": [str(f) for f in files],
         "results": [json.loads(r.to_json()) for r in results],
     }  # fmt: skip
     spent = (
@@ -87,10 +88,7 @@ def _painted(model: Any, recipe: Any, results: Sequence[Any], folder: Path) -> N
     result = results[0]
     if "frame" not in result.axes:
         return
-    given = (
-        [s.model_dump(mode="json") for s in recipe.items] if isinstance(recipe.items, tuple) else recipe.items
-    )
-    item = load_items(given, base=recipe.folder)[0]
+    item = load_items(recipe.items, base=recipe.folder)[0]
     frames = model.prepare(item, recipe.n_frames).frames
     pixels = frames.pixels.permute(0, 2, 3, 1).cpu().numpy()
     pictures = {

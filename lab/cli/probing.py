@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lab.cli.asking import Setting
-from lab.cli.output import Reply
+from lab.cli.keeping import keep
+from lab.cli.output import Reply, folder_for
 from lab.cli.rerunning import resumable, write_results
-from lab.cli.sweeps import source_of
-from lab.cli.tracing import folder_for
+from lab.cli.sources import source_of
 from lab.errors import UsageError
 
 
@@ -107,14 +108,11 @@ def checked(cls: Any, **fields: Any) -> Any:
 
 
 def _carried_out(recipe: Any, model: Any, over: Over) -> Reply:
-    from lab.recipe import dump
-
     if over.setting.fps is not None:
         raise UsageError("--fps: a probe takes the same number of frames of every video; use --frames")
-    folder = folder_for(over.out)
+    folder, started = folder_for(over.out), time.monotonic()
     results = resumable(recipe, folder, model=model)
-    files = [*write_results(results, folder), folder / "recipe.yaml"]
-    dump(recipe, folder / "recipe.yaml")
+    files = keep(recipe, write_results(results, folder), folder, started)
     data = {
         "recipe": recipe.id, "ledger": results[0].ledger, "files": [str(f) for f in files],
         "results": [json.loads(r.to_json()) for r in results],

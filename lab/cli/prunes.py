@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lab.cli.asking import Setting
-from lab.cli.output import Reply, table
+from lab.cli.keeping import keep
+from lab.cli.output import Reply, folder_for, table
 from lab.cli.probing import checked
-from lab.cli.sweeps import source_of
-from lab.cli.tracing import folder_for
+from lab.cli.sources import source_of
 from lab.errors import UsageError
 
 HEAD = ("policy", "accuracy", "drop", "<=", "flips", "KL", "kept", "live", "of video")
@@ -30,7 +31,7 @@ def prune(
     options: dict[str, Any],
 ) -> Reply:
     """Policy file `out`; beside it, in a folder of its name, trail, evaluation, pictures and recipe."""
-    from lab.recipe import ModelSpec, dump
+    from lab.recipe import ModelSpec
     from lab.view.draw import save
     from probes.prune import DRAWN, BudgetSpec, PruneRecipe
 
@@ -38,7 +39,7 @@ def prune(
         raise UsageError("--fps: pruning takes the same number of frames of every video; use --frames")
     if Path(out).suffix.lower() not in (".yaml", ".yml", ".json"):
         raise UsageError(f"--out {out}: a policy file ends in .yaml or .json")
-    folder = Path(out).with_suffix("")
+    folder, started = Path(out).with_suffix(""), time.monotonic()
     model = setting.load()
     recipe = checked(
         PruneRecipe, model=ModelSpec(**(model.spec or {})), items=source_of(items), n_frames=setting.frames or 8,
@@ -49,10 +50,9 @@ def prune(
     if found.trail.notes["stopped"] != "interrupted":
         shutil.rmtree(journal, ignore_errors=True)  # the next run measures anew
     found.policy.save(out)
-    dump(recipe, folder / "recipe.yaml")
-    files = [Path(out), folder / "recipe.yaml", found.trail.save(folder / "trail.npz")]
-    files += [save(r, folder / f"{name}.png", **DRAWN[name]) for name, r in found.pictures.items()]
-    files += [] if found.evaluation is None else [found.evaluation.save(folder / "evaluation.npz")]
+    files = [save(r, folder / f"{name}.png", **DRAWN[name]) for name, r in found.pictures.items()]
+    files += [r.save(folder / name) for name, r in found.named().items()]
+    files = [Path(out), *keep(recipe, files, folder, started)]
     notes = found.trail.notes
     data = {
         "policy": found.policy.id, "recipe": recipe.id, "complete": notes["complete"], "stopped": notes["stopped"],
@@ -76,26 +76,36 @@ def sorts(given: Sequence[str] | None) -> str | tuple[str, ...]:
 def evaluate(
     policy: str, items: str, setting: Setting, baselines: str | tuple[str, ...], out: str | None
 ) -> Reply:
-    """The table of a policy and its baselines; saved to folder `out` with the curve, if given."""
+    """The table of a policy and its baselines; saved to folder `out` with curve and recipe, if given."""
     from lab.cli.policies import find
-    from lab.edges.curves import curve_of
-    from lab.edges.evidence import evaluate as measure
-    from lab.items import load_items
-    from lab.view.draw import save
+    from lab.cli.rerunning import resumable
+    from lab.recipe import ModelSpec
+    from probes.evaluation import EvaluationRecipe
 
+    started, folder = time.monotonic(), None if out is None else folder_for(out)
     model = setting.load()
     chosen = find(policy, model.cfg.n_layers)
-    source = source_of(items)
-    held = load_items(source.model_dump(mode="json"))
-    folder = None if out is None else folder_for(out)
-    found = measure(
-        model, chosen, held, baselines, n_frames=setting.frames or 8, out=folder and folder / f"journal-{chosen.id}",
+    recipe = checked(
+        EvaluationRecipe, model=ModelSpec(**(model.spec or {})), items=source_of(items), n_frames=setting.frames or 8,
+        policy=chosen.to_dict(), baselines=baselines,
     )  # fmt: skip
-    files: list[str] = []
-    if folder is not None:
-        files = [str(found.save(folder / "evaluation.npz")), str(save(curve_of(found), folder / "curve.png"))]
-    data = {"policy": chosen.id, "evaluation": _rows(found), "ledger": found.ledger, "files": files}
-    return Reply(data, "\n".join([_told(found), *files]))
+    results = resumable(recipe, folder, model=model)
+    files = [] if folder is None else keep(recipe, _measured(results, folder), folder, started)
+    data = {
+        "policy": chosen.id, "recipe": recipe.id, "evaluation": _rows(results[0]), "ledger": results[0].ledger,
+        "files": [str(f) for f in files],
+    }  # fmt: skip
+    return Reply(data, "\n".join([_told(results[0]), *map(str, files)]))
+
+
+def _measured(results: Sequence[Any], folder: Path) -> list[Path]:
+    from lab.view.draw import save
+
+    names = ("evaluation.npz", "curve.npz")
+    return [
+        *(r.save(folder / n) for r, n in zip(results, names, strict=True)),
+        save(results[1], folder / "curve.png"),
+    ]
 
 
 def _said(data: dict[str, Any]) -> list[str]:

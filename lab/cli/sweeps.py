@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lab.cli.asking import Setting
-from lab.cli.output import Reply, table
-from lab.cli.tracing import folder_for
+from lab.cli.output import Reply, folder_for, table
+from lab.cli.sources import source_of
 from lab.errors import UsageError
 from lab.result import Result
-
-FIVE = "temporal"  # the paper's five tasks, simulated
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,10 @@ class Asked:
 
 def sweep_items(asked: Asked, setting: Setting) -> Reply:
     """Result, report, pictures and recipe in a folder; interrupted, the same command goes on where it stopped."""
+    from lab.cli.keeping import keep
     from lab.cli.rerunning import resumable
-    from lab.recipe import dump
 
+    started = time.monotonic()
     _check(asked, setting)
     folder = folder_for(asked.out)
     source = source_of(asked.items, asked.video_root)
@@ -48,14 +48,13 @@ def sweep_items(asked: Asked, setting: Setting) -> Reply:
     recipe = _recipe(asked, setting, source, model)
     results = resumable(recipe, folder, model=model, executor=asked.executor)
     chosen = results[0].split(asked.split or "all")
-    files = _written(results[0], chosen, asked, folder)
-    dump(recipe, folder / "recipe.yaml")
+    files = keep(recipe, _written(results[0], chosen, asked, folder), folder, started)
     ledger = results[0].ledger
     data = {
         "recipe": recipe.id,
         "ledger": ledger,
         "correct": _correct(results[0]),
-        "files": [str(f) for f in [*files, folder / "recipe.yaml"]],
+        "files": [str(f) for f in files],
         "results": [json.loads(r.to_json()) for r in results],
     }
     spent = f"{ledger['forwards']:.1f} forward-equivalents in place of {ledger['naive']:.0f}, {ledger['tower_calls']} tower calls"
@@ -129,51 +128,6 @@ def _pairs(text: str | None) -> Any:
             f"--frame-pairs {text!r}: use each, or KEY-QUERY with commas between, such as 0-3,1-3"
         )
     return tuple((int(k), int(q)) for k, q in pairs)
-
-
-# ---- where items come from ------------------------------------------------------------------------------------------
-
-
-def source_of(items: str, video_root: str | None = None) -> Any:
-    """A file of items, named with its hash, or simulator tasks: sim:TASKS:N:SEED, or JSON."""
-    from lab.recipe import ItemFile, SimSpec, sha256_of
-
-    simulated = items.startswith("sim:") or items.lstrip().startswith("{")
-    if simulated and video_root is not None:
-        raise UsageError(f"--video-root {video_root}: simulated items bring their videos; leave it out")
-    if items.startswith("sim:"):
-        return _simulated(items)
-    if simulated:
-        try:
-            return SimSpec(**json.loads(items))
-        except (ValueError, TypeError) as e:
-            raise UsageError(f"--items {items}: not a simulator task such as {{\"sim\": \"moving_direction\", \"n\": 8}} ({str(e).splitlines()[0]})") from None  # fmt: skip
-    path = Path(items).expanduser()
-    if not path.is_file():
-        raise UsageError(
-            f"--items {items}: no such file; give a .jsonl or .yaml of items, a TVBench or MVBench .json, or sim:TASK:N"
-        )
-    root = None if video_root is None else Path(video_root).expanduser()
-    if root is not None and not root.is_dir():
-        raise UsageError(f"--video-root {video_root}: no such folder")
-    return ItemFile(
-        file=str(path.resolve()), sha256=sha256_of(path), videos=None if root is None else str(root.resolve())
-    )
-
-
-def _simulated(text: str) -> Any:
-    """sim:TASK[,TASK...][:N[:SEED]]; "temporal" stands for the five tasks of the paper."""
-    from lab.recipe import SimSpec
-    from lab.sim.tasks import TEMPORAL, module_of
-
-    tasks, *numbers = text.removeprefix("sim:").split(":")
-    if len(numbers) > 2 or not all(n.isdecimal() for n in numbers):
-        raise UsageError(f"--items {text}: not sim:TASKS:N:SEED, such as sim:moving_direction,object_count:8 or sim:{FIVE}:20:0")  # fmt: skip
-    names = [n for t in tasks.split(",") for n in (TEMPORAL if t.strip() == FIVE else [t.strip()])]
-    for name in names:
-        module_of(name)
-    fields = dict(zip(("n", "seed"), map(int, numbers), strict=False))
-    return _validated(SimSpec, {"sim": ",".join(names), **fields})
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lab.cli.asking import Setting, choice, choice_text
-from lab.cli.output import Reply
+from lab.cli.output import Reply, folder_for
 from lab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,18 +44,20 @@ def demonstrate(out: str) -> Reply:
 
 def trace(item: VideoQA, setting: Setting, pathways: Sequence[str], window: int | None, out: str) -> Reply:
     """Answer, knock-out profile, report, picture and recipe in folder `out`."""
+    from lab.cli.keeping import keep
     from lab.cli.rerunning import resumable
 
     if window is not None and window < 1:
         raise UsageError(f"--window {window}: at least 1 layer is needed")
-    folder = folder_for(out)
+    folder, started = folder_for(out), time.monotonic()
     model = setting.load()
     ready = model.prepare(item, **setting.sampling())
     found = model.answer(ready)
     recipe = _recipe(model, item, ready, setting, pathways, window, folder)
     results = resumable(recipe, folder, model=model)
     reading = sentence(results[0], recipe.window, model.cfg.n_layers)
-    files = _write(recipe, results, item, _intro(recipe, setting, reading), ready, found, folder)
+    written = _write(recipe, results, item, _intro(recipe, setting, reading), ready, found, folder)
+    files = [str(f) for f in keep(recipe, written, folder, started)]
     data = {
         **(choice(found, item) if found.letter else {"answer": found.text}),
         "reading": reading,
@@ -74,9 +77,8 @@ def _write(
     ready: Ready,
     found: Any,
     folder: Path,
-) -> list[str]:
+) -> list[Path]:
     from lab.cli.rerunning import write_results
-    from lab.recipe import dump
     from lab.view.draw import report, save
 
     files = write_results(results, folder)
@@ -95,8 +97,7 @@ def _write(
         answer=_answer(found, item),
         pictures=_frames(ready),
     )
-    dump(recipe, folder / "recipe.yaml")
-    return [str(f) for f in [*files, folder / "recipe.yaml"]]
+    return files
 
 
 def _recipe(
@@ -177,18 +178,6 @@ def path_from(folder: Path, video: str) -> str:
     here, file, start = Path.cwd(), Path(video).resolve(), folder.resolve()
     near = file.is_relative_to(here) and start.is_relative_to(here)
     return Path(os.path.relpath(file, start)).as_posix() if near or file.parent == start else file.as_posix()
-
-
-def folder_for(out: str) -> Path:
-    """The folder that `--out` names, made if it is not there. Raises UsageError."""
-    if not out.strip():
-        raise UsageError("--out is empty; name a folder")
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as e:
-        raise UsageError(f"--out {out[:200]}: cannot be made: {getattr(e, 'strerror', None) or e}") from None
-    return folder
 
 
 def _intro(recipe: KnockoutRecipe, setting: Setting, reading: str) -> str:

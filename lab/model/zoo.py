@@ -100,10 +100,15 @@ def outline(name: str | Path, *, revision: str | None = None) -> VideoLLM:
     )
 
 
+def weights_files(name: str | Path) -> list[Path]:
+    """A local checkpoint's safetensors files, in order; none for hub ids."""
+    folder = Path(_locate(name)[0])
+    return sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+
+
 def weights_hash(name: str | Path) -> str | None:
     """First 12 digits of the sha256 over a local checkpoint's safetensors files; None for hub ids."""
-    folder = Path(_locate(name)[0])
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    files = weights_files(name)
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -115,7 +120,7 @@ def weights_hash(name: str | Path) -> str | None:
 def _spec(name: str | Path, dtype: Any, device: Any, revision: str | None) -> dict[str, Any]:
     """The model as a recipe names it (`lab.recipe.ModelSpec`). The hash is left out above 2 GB: it would take minutes."""
     text, folder = str(name), Path(_locate(name)[0])
-    size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    size = sum(f.stat().st_size for f in weights_files(name))
     return {
         "name": text if text in BUNDLED or not folder.is_dir() else str(folder.resolve()),
         "dtype": "auto" if dtype == "auto" else str(dtype).removeprefix("torch."), "device": "auto" if device is None else str(device),

@@ -26,6 +26,12 @@ def draw_items(task: str, n: int, seed: int, **kw: Any) -> list[VideoQA]:
     return module_of(task).items(n, seed, **kw)
 
 
+def named_tasks(names: str) -> list[str]:
+    """Tasks with commas between; "temporal" stands for the five of `TEMPORAL`."""
+    parts = [n.strip() for n in names.split(",")]
+    return [task for n in parts for task in (TEMPORAL if n == "temporal" else (n,))]
+
+
 def module_of(task: str) -> ModuleType:
     """The file of a task. Raises UsageError for an unknown one."""
     if task not in TASKS:
