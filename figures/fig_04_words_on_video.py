@@ -7,6 +7,7 @@ three lists are among the best, and the probability of the right answer's word, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -36,17 +37,27 @@ def compute(recipe: WordsOnVideoRecipe, *, progress: bool = True) -> list[Result
     ready = model.prepare(items[0], n)
     best = words(model, [ready], top=1, n_frames=n, show_progress=progress)
     grids = [painted(best, layer=at) for at in (max(1, layers // 2), layers)]
-    lists = None if recipe.lists is None else {k: list(v) for k, v in recipe.lists.items()}
+    lists = None if recipe.lists is None else _known(model, recipe.lists)
     shares = vocabulary(model, items, lists, top=recipe.top, n_frames=n, show_progress=progress)
-    answer = lens(model, items, "video", words=_spoken(items), by="frame", n_frames=n, show_progress=progress)
+    answer = lens(model, items, "video", words="right", by="frame", n_frames=n, show_progress=progress)
     asked = {"question": items[0].question, "options": list(items[0].options), "answer": items[0].options[items[0].answer]}
     film = pictures(ready.frames.pixels.cpu(), grids[0].shape[0])
     return [*(noted(g, **asked) for g in grids), film, noted(shares, **about(items)), noted(answer, **about(items))]
 
 
-def _spoken(items: Sequence[Any]) -> str:
-    """The letter of the right option: the one word that every model and item has."""
-    return "right"
+def _known(model: Any, lists: dict[str, tuple[str, ...]]) -> dict[str, list[str]]:
+    """The lists of which the model's vocabulary has a word as one token. Raises UsageError if it has of none."""
+    from lab.errors import UsageError
+    from probes.wordlists import groups_of
+
+    found: dict[str, list[str]] = {}
+    for name, listed in lists.items():
+        with suppress(UsageError):  # another model may cut all words of a list into pieces
+            groups_of(model.need_tokenizer(), model.cfg.d_vocab, {name: list(listed)})
+            found[name] = list(listed)
+    if not found:
+        raise UsageError(f"the vocabulary has no word of the lists {', '.join(lists)} as one token; give other lists")
+    return found
 
 
 def draw(results: Sequence[Result]) -> Plate:
