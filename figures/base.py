@@ -39,12 +39,12 @@ class PictureRecipe(Owner):
 
         return load_spec(self.model), self.drawn()
 
-    def lists(self) -> list[str]:
+    def item_fields(self) -> list[str]:
         """Names of the fields that hold items."""
         return [n for n in ("items", "holdout") if n in type(self).model_fields]
 
     def drawn(self, name: str = "items") -> list[Any]:
-        """The items of one of the `lists` alone."""
+        """The items of one of the `item_fields` alone."""
         from lab.items import load_items
 
         spec = getattr(self, name)

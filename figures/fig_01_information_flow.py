@@ -45,7 +45,10 @@ def draw(results: Sequence[Result]) -> Plate:
     means = by_task(chosen)
     tasks = means.coords["task"]
     last = len(found.notes["panel"]) - 1
-    rows = [one_scale([_cell(means, t, ways, i == 0, i == last) for t in tasks]) for i, ways in enumerate(found.notes["panel"].values())]
+    rows = [
+        one_scale([_cell(means, t, ways, i == 0, i == last) for t in tasks])
+        for i, ways in enumerate(found.notes["panel"].values())
+    ]
     which = "answered right in the clean run" if right else "all of them (none is answered right)"
     window = found.notes["window"]
     return Plate(
@@ -60,6 +63,10 @@ def draw(results: Sequence[Result]) -> Plate:
 def _cell(means: Result, task: Any, ways: Sequence[str], top: bool, bottom: bool) -> Any:
     n = (means.notes["n"] or {}).get("item", {})
     count = f"\nn = {n[task]}" if isinstance(n, dict) and task in n else ""
-    spec = figure_spec(means.select(task=task, pathway=list(ways)), title=tall(heading(task)) + count if top else "", caption="")
+    spec = figure_spec(
+        means.select(task=task, pathway=list(ways)),
+        title=tall(heading(task)) + count if top else "",
+        caption="",
+    )
     named = tuple(s.replace("->", " \u2192 ") for s in spec.series)
     return replace(spec, series=named, x_label="Layer" if bottom else "", y_label="Change of p (%)")

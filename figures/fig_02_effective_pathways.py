@@ -52,14 +52,18 @@ def draw(results: Sequence[Result]) -> Plate:
     told, curve, units = results
     n, videos = told.notes["n"]["item"], told.notes["videos"]
     kept = figure_spec(
-        units.select(pathway=_largest(units)), kind="heat", limits=(0.0, 1.0), title="Edges the policy keeps", caption=""
+        units.select(pathway=_largest(units)),
+        kind="heat",
+        limits=(0.0, 1.0),
+        title="Edges the policy keeps",
+        caption="",
     )
     return Plate(
         "Effective pathways: edges kept and answers kept", ((_table(told),), (_curve(told, curve), kept)),
         "The policy found by search, measured on held-out questions beside every baseline. Kept: share of all causal "
         "query-key pairs by the paper's rule; live: those that can still reach the answer. Drop of accuracy against the full model with "
         "its paired 95 % interval (videos resampled), flips of the chosen option, KL of the options' probabilities. The curve is the best "
-        f"accuracy of each family that keeps at most so many pairs. n = {n} questions ({videos} videos), none used in the search.",
+        f"accuracy of each family that keeps at most so many pairs; its intervals are those of the table. n = {n} questions ({videos} videos), none used in the search.",
         width=FULL, heights=(0.42 + 0.165 * len(_rows(told)), 2.3), shares=((), (1.25, 1.0)), legend="inside",
     )  # fmt: skip
 
@@ -74,7 +78,9 @@ def _rows(told: Result) -> list[str]:
     for name, family in zip(names, families, strict=True):
         if name in ("full", "policy") or family in ("search", "full"):
             continue
-        if family not in best or abs(_of(told, name, "kept") - mine) < abs(_of(told, best[family], "kept") - mine):
+        if family not in best or abs(_of(told, name, "kept") - mine) < abs(
+            _of(told, best[family], "kept") - mine
+        ):
             best[family] = name
     return [n for n in ("full", "policy") if n in names] + list(best.values())
 
@@ -93,18 +99,21 @@ def _row(told: Result, name: str) -> tuple[str, ...]:
     known = drop.low is not None and drop.high is not None and np.isfinite(drop.low)
     bounds = f" [{100 * float(drop.low):+.1f}, {100 * float(drop.high):+.1f}]" if known else ""  # type: ignore[arg-type]
     numbers = {m: _of(told, name, m) for m in ("kept", "kept_live", "accuracy", "flips", "kl")}
+    shown = (100 * numbers[m] for m in ("kept", "kept_live", "accuracy"))
     return (
-        tall(name), *(f"{100 * numbers[m]:.1f}" for m in ("kept", "kept_live", "accuracy")),
+        "Found by search" if name == "policy" else tall(name), *(f"{v:.1f}" if np.isfinite(v) else "-" for v in shown),
         f"{100 * float(drop.values):+.1f}{bounds}", f"{100 * numbers['flips']:.1f}", f"{numbers['kl']:.3f}",
     )  # fmt: skip
 
 
 def _curve(told: Result, curve: Result) -> FigureSpec:
-    names = sorted(curve.coords["policy"], key=lambda n: n != "policy")[:MOST_CURVES]
-    spec = figure_spec(curve.select(policy=names), kind="lines", title="Accuracy against edges kept", caption="")
+    names = list(curve.coords["policy"])[:MOST_CURVES]
+    spec = figure_spec(
+        curve.select(policy=names), kind="lines", title="Accuracy against edges kept", caption=""
+    )
     return replace(
-        spec, values=100 * spec.values, series=tuple(tall(n) for n in names), reference=100 * float(told.notes["full"]), log="x",
-        x_label="Pairs kept, at most (% of all, log scale)", y_label="Accuracy (%)",
+        spec, values=100 * spec.values, series=tuple(tall(n) for n in names), reference=100 * float(told.notes["full"]),
+        x_label="Pairs kept, at most (% of all)", y_label="Accuracy (%)",
     )  # fmt: skip
 
 

@@ -25,7 +25,10 @@ def compute(recipe: AnswerByLayerRecipe, *, progress: bool = True) -> list[Resul
 
     model, items = recipe.loaded()
     notes = about(items)
-    made = [gen_prob(model, items, mode=m, n_frames=recipe.n_frames, show_progress=progress) for m in ("normed", "raw")]
+    made = [
+        gen_prob(model, items, mode=m, n_frames=recipe.n_frames, show_progress=progress)
+        for m in ("normed", "raw")
+    ]
     return [noted(r, **notes) for r in made]
 
 
@@ -50,6 +53,13 @@ def _row(result: Result, top: bool) -> tuple[FigureSpec, ...]:
 
 def _cell(means: Result, task: str, top: bool) -> FigureSpec:
     n = means.notes["n"]["item"][task]
-    spec = figure_spec(means.select(task=task), title=f"{tall(heading(task))}\nn = {n}" if top else "", caption="")
+    spec = figure_spec(
+        means.select(task=task), title=f"{tall(heading(task))}\nn = {n}" if top else "", caption=""
+    )
     norm = "normed" if means.notes["mode"] == "normed" else "raw"
-    return replace(spec, x_label="" if top else "Layer", y_label=f"Probability ({norm})", series=("right option", "other options"))
+    return replace(
+        spec,
+        x_label="" if top else "Layer",
+        y_label=f"Probability ({norm})",
+        series=("right option", "other options"),
+    )

@@ -40,9 +40,18 @@ def compute(recipe: WordsOnVideoRecipe, *, progress: bool = True) -> list[Result
     lists = None if recipe.lists is None else _known(model, recipe.lists)
     shares = vocabulary(model, items, lists, top=recipe.top, n_frames=n, show_progress=progress)
     answer = lens(model, items, "video", words="right", by="frame", n_frames=n, show_progress=progress)
-    asked = {"question": items[0].question, "options": list(items[0].options), "answer": items[0].options[items[0].answer]}
+    asked = {
+        "question": items[0].question,
+        "options": list(items[0].options),
+        "answer": items[0].options[items[0].answer],
+    }
     film = pictures(ready.frames.pixels.cpu(), grids[0].shape[0])
-    return [*(noted(g, **asked) for g in grids), film, noted(shares, **about(items)), noted(answer, **about(items))]
+    return [
+        *(noted(g, **asked) for g in grids),
+        film,
+        noted(shares, **about(items)),
+        noted(answer, **about(items)),
+    ]
 
 
 def _known(model: Any, lists: dict[str, tuple[str, ...]]) -> dict[str, list[str]]:
@@ -56,7 +65,9 @@ def _known(model: Any, lists: dict[str, tuple[str, ...]]) -> dict[str, list[str]
             groups_of(model.need_tokenizer(), model.cfg.d_vocab, {name: list(listed)})
             found[name] = list(listed)
     if not found:
-        raise UsageError(f"the vocabulary has no word of the lists {', '.join(lists)} as one token; give other lists")
+        raise UsageError(
+            f"the vocabulary has no word of the lists {', '.join(lists)} as one token; give other lists"
+        )
     return found
 
 
@@ -79,8 +90,16 @@ def draw(results: Sequence[Result]) -> Plate:
 
 
 def _strip(grid: Result, film: Result) -> FigureSpec:
-    spec = figure_spec(grid, frames=film.values, limits=(0.0, 1.0), title=f"Layer {grid.notes['selected']['layer']}", caption="")
-    said = tuple(tuple(tuple(shown(w.strip("<|>")) for w in row) for row in frame) for frame in grid.notes["words"])
+    spec = figure_spec(
+        grid,
+        frames=film.values,
+        limits=(0.0, 1.0),
+        title=f"Layer {grid.notes['selected']['layer']}",
+        caption="",
+    )
+    said = tuple(
+        tuple(tuple(shown(w.strip("<|>")) for w in row) for row in frame) for frame in grid.notes["words"]
+    )
     some = [i for i in np.linspace(0, len(said) - 1, min(4, len(said))).round().astype(int).tolist()]
     assert spec.frames is not None
     return replace(

@@ -55,7 +55,11 @@ def draw(results: Sequence[Result]) -> Plate:
     maps, cut, films, film = results
     half = _later(maps)
     pair = share_limits([_map(half, run) for run in ("clean", "cut")])
-    curve = replace(figure_spec(cut, title="Cut in one layer alone", caption=""), x_label="Layer", y_label="Change of p (%)")
+    curve = replace(
+        figure_spec(cut, title="Cut in one layer alone", caption=""),
+        x_label="Layer",
+        y_label="Change of p (%)",
+    )
     strips = share_limits([_strip(films, run, film) for run in ("clean", "cut")])
     n = len(maps.coords["item"])
     height = 0.5 + 6.1 / 8 * -(-len(film.values) // 8)

@@ -39,7 +39,10 @@ def compute(recipe: MixtureOfDepthsRecipe, *, progress: bool = True) -> list[Res
     chosen = {s: _mechanism(recipe, s) for s in recipe.selectors}
     ready = model.prepare(items[0], recipe.n_frames)
     depth = np.stack([_depth(model, ready, m) for m in chosen.values()])
-    kept = [_kept(model, model.prepare(i, recipe.n_frames), chosen) for i in bar(items, desc="selectors", show=progress)]
+    kept = [
+        _kept(model, model.prepare(i, recipe.n_frames), chosen)
+        for i in bar(items, desc="selectors", show=progress)
+    ]
     alike = np.mean([[[_jaccard(a, b) for b in one] for a in one] for one in kept], axis=0)
     flow, right = _flows(recipe, model, items, {ALL: None, **chosen}, progress)
     names, notes = list(chosen), about(items)
@@ -68,14 +71,18 @@ def _depth(model: Any, ready: Any, mechanism: Any) -> Any:
 def _kept(model: Any, ready: Any, chosen: dict[str, Any]) -> list[Any]:
     """For every selector which video tokens pass, [routed layer, token]."""
     video = ready.maps[0].where(role="frame")
-    return [model.run(ready, mechanisms=[m]).heads["mod.keep"][:, 0][:, video].numpy() for m in chosen.values()]
+    return [
+        model.run(ready, mechanisms=[m]).heads["mod.keep"][:, 0][:, video].numpy() for m in chosen.values()
+    ]
 
 
 def _jaccard(a: Any, b: Any) -> float:
     return float((a & b).sum() / max(1, (a | b).sum()))
 
 
-def _flows(recipe: MixtureOfDepthsRecipe, model: Any, items: Sequence[Any], runs: dict[str, Any], show: bool) -> tuple[Result, Result]:
+def _flows(
+    recipe: MixtureOfDepthsRecipe, model: Any, items: Sequence[Any], runs: dict[str, Any], show: bool
+) -> tuple[Result, Result]:
     """The knock-out curves and the answers with each mechanism on."""
     from lab.edges.sweeping import sweep
 
@@ -87,9 +94,19 @@ def _flows(recipe: MixtureOfDepthsRecipe, model: Any, items: Sequence[Any], runs
     first, names = found[0], list(runs)
     keys = first.coords["item"]
     coords = {"item": keys, "run": names, "pathway": first.coords["pathway"], "layer": first.coords["layer"]}
-    flow = Result(np.stack([f.values for f in found], 1), tuple(coords), coords, first.unit, {}, "knock-out with tokens skipping layers", baseline=0.0)
+    flow = Result(
+        np.stack([f.values for f in found], 1),
+        tuple(coords),
+        coords,
+        first.unit,
+        {},
+        "knock-out with tokens skipping layers",
+        baseline=0.0,
+    )
     right = np.array([[float(bool(f.notes["correct"][str(k)])) for f in found] for k in keys])
-    return flow, Result(right, ("item", "run"), {"item": keys, "run": names}, "share answered right", {}, "answers")
+    return flow, Result(
+        right, ("item", "run"), {"item": keys, "run": names}, "share answered right", {}, "answers"
+    )
 
 
 def draw(results: Sequence[Result]) -> Plate:
@@ -114,7 +131,13 @@ def _share(depth: Result) -> str:
 
 
 def _strip(depth: Result, name: str, film: Result) -> FigureSpec:
-    return figure_spec(depth.select(selector=name), frames=film.values, title=f"Depth, selector: {name}", caption="", limits=(float(depth.values.min()) - 0.5, float(depth.notes["layers"])))
+    return figure_spec(
+        depth.select(selector=name),
+        frames=film.values,
+        title=f"Depth, selector: {name}",
+        caption="",
+        limits=(float(depth.values.min()) - 0.5, float(depth.notes["layers"])),
+    )
 
 
 def _overlap(alike: Result) -> FigureSpec:
@@ -128,5 +151,7 @@ def _answers(right: Result) -> FigureSpec:
 
 
 def _curves(flow: Result, pathway: str) -> FigureSpec:
-    spec = figure_spec(flow.select(pathway=pathway), title=tall(pathway.replace("->", " \u2192 ")) + " cut", caption="")
+    spec = figure_spec(
+        flow.select(pathway=pathway), title=tall(pathway.replace("->", " \u2192 ")) + " cut", caption=""
+    )
     return replace(spec, x_label="Layer", y_label="Change of p (%)")

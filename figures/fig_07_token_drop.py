@@ -88,7 +88,10 @@ def _flops(model: Any, n: float) -> float:
     """Multiplications of one forward over n positions: weights of the decoder's layers, scores and values."""
     c = model.cfg
     kv = 2 * c.d_model * c.n_key_value_heads * c.d_head
-    layer = n * (2 * c.d_model * c.n_heads * c.d_head + kv + 3 * c.d_model * c.d_mlp) + n * n * c.n_heads * c.d_head
+    layer = (
+        n * (2 * c.d_model * c.n_heads * c.d_head + kv + 3 * c.d_model * c.d_mlp)
+        + n * n * c.n_heads * c.d_head
+    )
     return float(c.n_layers * layer)
 
 
@@ -120,7 +123,12 @@ def _strip(kept: Result, variant: str, film: Result) -> FigureSpec:
 
 def _accuracy(right: Result) -> FigureSpec:
     spec = figure_spec(right, title="Accuracy against tokens dropped", caption="")
-    return replace(spec, x_label="Dropped of the tokens after frame 1 (share)", y_label="Answered right (%)", reference=None)
+    return replace(
+        spec,
+        x_label="Dropped of the tokens after frame 1 (share)",
+        y_label="Answered right (%)",
+        reference=None,
+    )
 
 
 def _against(right: Result, cost: Result) -> FigureSpec:
@@ -134,4 +142,9 @@ def _against(right: Result, cost: Result) -> FigureSpec:
         coords={"variant": mean.coords["variant"], "cost": [round(float(spend[i]), 1) for i in order]},
     )  # fmt: skip
     spec = figure_spec(turned, title="Accuracy against cost", caption="")
-    return replace(spec, x_label="Decoder multiplications (% of all tokens')", y_label="Answered right (%)", reference=None)
+    return replace(
+        spec,
+        x_label="Decoder multiplications (% of all tokens')",
+        y_label="Answered right (%)",
+        reference=None,
+    )

@@ -24,7 +24,8 @@ class KvQuantisationRecipe(PictureRecipe):
 
     tokens: int = Field(default=3, ge=1)
     settings: tuple[str, ...] = Field(
-        default=("released 2 / 2", "released 1.5 / 1.58", "corrected 2 / 2", "corrected 1.5 / 1.58"), min_length=1
+        default=("released 2 / 2", "released 1.5 / 1.58", "corrected 2 / 2", "corrected 1.5 / 1.58"),
+        min_length=1,
     )
 
 

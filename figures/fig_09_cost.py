@@ -26,7 +26,8 @@ class CostRecipe(PictureRecipe):
     """items: the first one is used; window: layers cut together; rounds: how often every tool runs the sweep."""
 
     pathways: tuple[str, ...] = Field(
-        default=("cross-frame", "video->question+option", "video->last", "question+option->last"), min_length=1
+        default=("cross-frame", "video->question+option", "video->last", "question+option->last"),
+        min_length=1,
     )
     window: int = Field(default=3, ge=1)
     rounds: int = Field(default=3, ge=1)
@@ -44,14 +45,22 @@ def compute(recipe: CostRecipe, *, progress: bool = True) -> list[Result]:
     with torch.no_grad():
         seconds, apart = _measured(tools, recipe.rounds, progress)
     names, rounds = list(tools), list(range(1, recipe.rounds + 1))
-    notes = {"positions": case.ready.n_pos, "points": len(case.cuts), "layers": model.cfg.n_layers, "left_out": left_out, **_where()}
+    notes = {
+        "positions": case.ready.n_pos,
+        "points": len(case.cuts),
+        "layers": model.cfg.n_layers,
+        "left_out": left_out,
+        **_where(),
+    }
     return [
         Result(np.array([seconds[n] for n in names]), ("tool", "round"), {"tool": names, "round": rounds}, "seconds (CPU, one thread)", {}, "seconds of one sweep", notes),
         Result(np.array([apart[n] for n in names]), ("tool",), {"tool": names}, "largest difference of logits to the reference", {}, "same numbers", notes),
     ]  # fmt: skip
 
 
-def _measured(tools: dict[str, Any], rounds: int, show: bool) -> tuple[dict[str, list[float]], dict[str, float]]:
+def _measured(
+    tools: dict[str, Any], rounds: int, show: bool
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     from lab.bench.measuring import paired
     from lab.runs import progress as bar
 
@@ -98,7 +107,10 @@ def draw(results: Sequence[Result]) -> Plate:
 def _bars(seconds: Result) -> FigureSpec:
     low, middle, high = (f(seconds.values, axis=1) for f in (np.min, np.median, np.max))
     ours = float(middle[seconds.coords["tool"].index(FAST)])
-    names = [n if n == FAST else f"{n} ({m / ours:.1f}\u00d7)" for n, m in zip(seconds.coords["tool"], middle, strict=True)]
+    names = [
+        n if n == FAST else f"{n} ({m / ours:.1f}\u00d7)"
+        for n, m in zip(seconds.coords["tool"], middle, strict=True)
+    ]
     mean = noted(replace(seconds, values=middle, low=low, high=high, axes=("tool",), coords={"tool": names}))
     spec = figure_spec(mean, kind="bars", title="One sweep, the same numbers", caption="")
     return replace(spec, unit="CPU seconds (log scale)", log="x")

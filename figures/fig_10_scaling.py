@@ -57,12 +57,22 @@ def _result(what: str, found: Sequence[dict[str, Any]]) -> Result:
     key = {"positions": "positions", "layers": "layers", "knock-outs": "points"}[what]
     kept = {row[key]: row for row in found}  # two sizes may come to the same (tubelets)
     about = setting()
-    seconds = np.array([[r["naive_s_scaled"] for r in kept.values()], [r["store_s"] + r["fast_s"] for r in kept.values()]])
+    seconds = np.array(
+        [[r["naive_s_scaled"] for r in kept.values()], [r["store_s"] + r["fast_s"] for r in kept.values()]]
+    )
     notes = {
         "rows": [{k: r[k] for k in ("positions", "layers", "points", "max_difference", "fallbacks")} for r in kept.values()],
         **{k: about[k] for k in ("date", "device_name", "threads")},
     }  # fmt: skip
-    return Result(seconds, ("way", what), {"way": list(WAYS), what: list(kept)}, "seconds (CPU, one thread)", {}, NAMES[what], notes)
+    return Result(
+        seconds,
+        ("way", what),
+        {"way": list(WAYS), what: list(kept)},
+        "seconds (CPU, one thread)",
+        {},
+        NAMES[what],
+        notes,
+    )
 
 
 def check(results: Sequence[Result]) -> list[str]:
@@ -75,7 +85,9 @@ def check(results: Sequence[Result]) -> list[str]:
             wrong.append(f"{r.name}: fast and naive logits differ by more than 1e-3")
         ratio = float(r.values[0, -1] / r.values[1, -1])
         if ratio < LEAST:
-            wrong.append(f"{r.name}: naive takes {ratio:.2f} times as long at the largest size, less than {LEAST}")
+            wrong.append(
+                f"{r.name}: naive takes {ratio:.2f} times as long at the largest size, less than {LEAST}"
+            )
     return wrong
 
 
@@ -98,4 +110,10 @@ def _curve(r: Result) -> FigureSpec:
     ratio = r.values[0] / r.values[1]
     title = f"{NAMES[what]}: {ratio[0]:.1f}\u00d7 to {ratio[-1]:.1f}\u00d7"
     spec = figure_spec(r, title=title, caption="")
-    return replace(spec, reference=None, log="xy", x_label=what.capitalize() + " (log scale)", y_label="CPU seconds (log scale)")
+    return replace(
+        spec,
+        reference=None,
+        log="xy",
+        x_label=what.capitalize() + " (log scale)",
+        y_label="CPU seconds (log scale)",
+    )

@@ -51,5 +51,12 @@ def _grid(result: Result) -> FigureSpec:
     axis = result.axes[-1]
     mean = result.mean("item")
     named = replace(mean, coords={"layer": mean.coords["layer"], axis: [text(c) for c in mean.coords[axis]]})
-    spec = figure_spec(replace(named, low=None, high=None), kind="heat", title=TITLES[axis], caption="", limits=(-1.0, 1.0), diverging=True)
+    spec = figure_spec(
+        replace(named, low=None, high=None),
+        kind="heat",
+        title=TITLES[axis],
+        caption="",
+        limits=(-1.0, 1.0),
+        diverging=True,
+    )
     return replace(spec, unit="share recovered")

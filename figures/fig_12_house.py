@@ -50,8 +50,24 @@ def compute(recipe: HouseRecipe, *, progress: bool = True) -> list[Result]:
             links[rooms.index(room(module)), rooms.index(used)] += 1
     graph = {r: {rooms[j] for j in np.flatnonzero(row)} for r, row in zip(rooms, links, strict=True)}
     lines = {r: sum(_lines(p) for m, p in found.items() if room(m) == r) for r in rooms}
-    notes = {"floor": floors(graph), "lines": lines, "entered": sorted({room(m) for m in _entered(recipe) if m in found}), "model": recipe.model.name, "modules": len(found)}
-    return [Result(links, ("room", "imported"), {"room": rooms, "imported": rooms}, "modules that import it", {}, "the house", notes)]
+    notes = {
+        "floor": floors(graph),
+        "lines": lines,
+        "entered": sorted({room(m) for m in _entered(recipe) if m in found}),
+        "model": recipe.model.name,
+        "modules": len(found),
+    }
+    return [
+        Result(
+            links,
+            ("room", "imported"),
+            {"room": rooms, "imported": rooms},
+            "modules that import it",
+            {},
+            "the house",
+            notes,
+        )
+    ]
 
 
 def modules() -> dict[str, Path]:
@@ -99,7 +115,9 @@ def floors(graph: Mapping[str, set[str]]) -> dict[str, int]:
     @cache
     def floor(name: str) -> int:
         if name in path:
-            raise RunError(f"{name} imports itself by way of {' and '.join(path[path.index(name) + 1 :])}; a house has no such stairs")
+            raise RunError(
+                f"{name} imports itself by way of {' and '.join(path[path.index(name) + 1 :])}; a house has no such stairs"
+            )
         path.append(name)
         found = 1 + max((floor(u) for u in graph[name]), default=-1)
         path.pop()
@@ -157,6 +175,9 @@ def _graph(house: Result) -> FigureSpec:
             sway = 0.0 if len(here) < 9 else (0.22 if i % 2 else -0.22)
             places[rooms.index(r)] = (i + 0.5) / len(here), (level + 0.5 + sway) / (top + 1)
     names = [f"{r.removeprefix('lab.')}\n{house.notes['lines'][r]:,}" for r in rooms]
-    notes: dict[str, Any] = {"places": places.tolist(), "marked": [r in house.notes["entered"] for r in rooms]}
+    notes: dict[str, Any] = {
+        "places": places.tolist(),
+        "marked": [r in house.notes["entered"] for r in rooms],
+    }
     named = replace(house, coords={"room": names, "imported": names}, notes=notes)
     return replace(figure_spec(named, kind="graph", title="", caption=""), title="")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -31,9 +32,10 @@ def compute(recipe: MovingDirectionRecipe, *, progress: bool = True) -> list[Res
 
     model, items = recipe.loaded()
     n, notes = recipe.n_frames, about(items)
+    asked: tuple[tuple[Any, Any], ...] = (("role", "flip"), ("frame", "recovered"))
     grids = [
         patching(model, items, by=by, into="clean", metric=metric, n_frames=n, show_progress=progress)
-        for by, metric in (("role", "flip"), ("frame", "recovered"))
+        for by, metric in asked
     ]
     worth = attribute(model, items, method="shapley", n_frames=n, show_progress=progress)
     flow = sweep(model, items, window=3, n_frames=n, show_progress=progress)
@@ -73,7 +75,9 @@ def _flow(flow: Result) -> FigureSpec:
 
 def _frames(frames: Result) -> FigureSpec:
     mean = replace(frames.mean("item"), low=None, high=None)
-    spec = figure_spec(mean, kind="heat", title="Twin's values at a frame", caption="", limits=(-1.0, 1.0), diverging=True)
+    spec = figure_spec(
+        mean, kind="heat", title="Twin's values at a frame", caption="", limits=(-1.0, 1.0), diverging=True
+    )
     return replace(spec, unit="share of the way")
 
 

@@ -38,7 +38,9 @@ nav a { display: inline-block; margin: 0 .9rem .3rem 0 }
 def gallery(entries: Sequence[Entry], folders: Sequence[Path], path: Path) -> Path:
     """Writes the page; folders lie below the page's own. Raises ConfigError for a folder without a manifest."""
     told = [manifest.read(f / manifest.MANIFEST) for f in folders]
-    links = "".join(f'<a href="#{e.name}">{e.number}. {_e(m["title"])}</a>' for e, m in zip(entries, told, strict=True))
+    links = "".join(
+        f'<a href="#{e.name}">{e.number}. {_e(m["title"])}</a>' for e, m in zip(entries, told, strict=True)
+    )
     body = "\n".join(_section(e, f, m, path.parent) for e, f, m in zip(entries, folders, told, strict=True))
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">
@@ -55,14 +57,25 @@ def gallery(entries: Sequence[Entry], folders: Sequence[Path], path: Path) -> Pa
 def _section(entry: Entry, folder: Path, told: dict[str, Any], root: Path) -> str:
     picture = base64.b64encode((folder / "figure.png").read_bytes()).decode()
     at = folder.relative_to(root).as_posix()
-    names = ["figure.html", "figure.svg", "figure.pdf", "figure.png", *told["data"], "recipe.yaml", "manifest.json"]
+    names = [
+        "figure.html",
+        "figure.svg",
+        "figure.pdf",
+        "figure.png",
+        *told["data"],
+        "recipe.yaml",
+        "manifest.json",
+    ]
     files = "".join(f'<a href="{_e(f"{at}/{n}")}">{_e(n)}</a>' for n in names)
     texts = {
         f"Script: figures/{entry.script.name}": entry.script.read_text(encoding="utf-8"),
         "Recipe": (folder / "recipe.yaml").read_text(encoding="utf-8"),
         "Manifest": json.dumps(told, indent=1, sort_keys=True, ensure_ascii=False),
     }
-    shown = "".join(f'<details><summary>{_e(k)}</summary><pre tabindex="0">{_e(v)}</pre></details>' for k, v in texts.items())
+    shown = "".join(
+        f'<details><summary>{_e(k)}</summary><pre tabindex="0">{_e(v)}</pre></details>'
+        for k, v in texts.items()
+    )
     return f"""<section id="{entry.name}" aria-labelledby="h-{entry.name}"><h2 id="h-{entry.name}">{entry.number}. {_e(told["title"])}</h2>
 <img src="data:image/png;base64,{picture}" width="{round(told["width_inches"] * 130)}" alt="{_e(told["title"])}. {_e(told["caption"])}">
 <p class="caption">{_e(told["caption"])}</p><p class="about">{_e(_about(told))}</p><p class="files">{files}</p>{shown}</section>"""

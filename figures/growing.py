@@ -23,7 +23,10 @@ def stacked(model: Any, times: int) -> Any:
     hf = copy.deepcopy(model.hf)
     lm: Any = language_model(hf)
     layers = list(lm.layers)
-    grown = [layers[i] if i < len(layers) else copy.deepcopy(layers[i % len(layers)]) for i in range(times * len(layers))]
+    grown = [
+        layers[i] if i < len(layers) else copy.deepcopy(layers[i % len(layers)])
+        for i in range(times * len(layers))
+    ]
     for i, layer in enumerate(grown):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):

@@ -1,6 +1,6 @@
 """Makes one figure: compute, then draw. Also the worker process of `vlab figures`. Drawing needs no torch.
 
-    python -m figures.making NAME FOLDER [--set key=value ...] [--redo] [--from-data] [--data-only]
+python -m figures.making NAME FOLDER [--set key=value ...] [--redo] [--from-data] [--data-only]
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ def _fits(entry: Entry, recipe: FigureRecipe, folder: Path, name: str, files: st
     except ConfigError:
         return False
     same = told["recipe_id"] == recipe.id and told["script_sha256"] == sha256_of(entry.script)
-    return same and _weights(recipe) in (None, told["model"]["weights"]) and not manifest.changed(folder, told[files])
+    return (
+        same
+        and _weights(recipe) in (None, told["model"]["weights"])
+        and not manifest.changed(folder, told[files])
+    )
 
 
 def _weights(recipe: Any) -> str | None:
@@ -74,7 +78,10 @@ def compute(entry: Entry, recipe: FigureRecipe, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     start = time.perf_counter()
     data = manifest.save_data(recipe.run(progress=True), folder)
-    manifest.write(folder / manifest.COMPUTED, manifest.computed(entry, recipe, data, folder, time.perf_counter() - start))
+    manifest.write(
+        folder / manifest.COMPUTED,
+        manifest.computed(entry, recipe, data, folder, time.perf_counter() - start),
+    )
     dump(recipe, folder / "recipe.yaml")
 
 
@@ -83,13 +90,23 @@ def draw(entry: Entry, folder: Path) -> dict[str, Any]:
     told = manifest.read(folder / manifest.COMPUTED)
     wrong = manifest.changed(folder, told["data"])
     if wrong:
-        raise ConfigError(f"{folder / wrong[0]} is missing or was changed after it was computed; run the figure with --redo")
+        raise ConfigError(
+            f"{folder / wrong[0]} is missing or was changed after it was computed; run the figure with --redo"
+        )
     plate = entry.module.draw(manifest.load_data(folder))
     drawn = save_plate(plate, folder, about=f"recipe {told['recipe_id']}")
     return manifest.finish(folder, plate, drawn)
 
 
-def make(entry: Entry, recipe: FigureRecipe, folder: Path, *, redo: bool = False, from_data: bool = False, data_only: bool = False) -> str:
+def make(
+    entry: Entry,
+    recipe: FigureRecipe,
+    folder: Path,
+    *,
+    redo: bool = False,
+    from_data: bool = False,
+    data_only: bool = False,
+) -> str:
     """Does what is missing; says what was done: "kept", "drawn" or "computed"."""
     if from_data:
         draw(entry, folder)
@@ -106,7 +123,9 @@ def make(entry: Entry, recipe: FigureRecipe, folder: Path, *, redo: bool = False
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The worker: exit code 0, or that of the error, which is one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m figures.making", description="Makes one figure in a folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m figures.making", description="Makes one figure in a folder."
+    )
     parser.add_argument("name")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--set", dest="changes", action="append", default=[])
@@ -117,7 +136,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         entry = find(given.name)
         recipe = recipe_of(entry, dict(setting(c) for c in given.changes))
-        print(make(entry, recipe, given.folder, redo=given.redo, from_data=given.from_data, data_only=given.data_only))
+        print(
+            make(
+                entry,
+                recipe,
+                given.folder,
+                redo=given.redo,
+                from_data=given.from_data,
+                data_only=given.data_only,
+            )
+        )
     except LabError as e:
         print(" ".join(str(e).split()), file=sys.stderr)
         return e.exit_code

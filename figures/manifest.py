@@ -1,9 +1,9 @@
 """What is written beside a figure: where its numbers come from, and the sha256 of every file. Torch-free at import.
 
-    data_1.npz ...      the Results      data_1.csv ...   the same as text, where it is short
-    computed.json       how the data were made; written after them, so data without it are not whole
-    recipe.yaml, figure.svg, .pdf, .png, .html
-    manifest.json       all of it; written last: a folder with a manifest is whole
+data_1.npz ...      the Results      data_1.csv ...   the same as text, where it is short
+computed.json       how the data were made; written after them, so data without it are not whole
+recipe.yaml, figure.svg, .pdf, .png, .html
+manifest.json       all of it; written last: a folder with a manifest is whole
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from figures.shelf import HERE, Entry
 from lab.errors import ConfigError
 from lab.recipe import FigureRecipe, sha256_of
 from lab.result import Result, write_bytes
-from figures.shelf import HERE, Entry
 
 SCHEMA = 1
 COMPUTED, MANIFEST = "computed.json", "manifest.json"
@@ -50,7 +50,9 @@ def load_data(folder: Path) -> list[Result]:
     return [Result.load(folder / n) for n in names]
 
 
-def computed(entry: Entry, recipe: FigureRecipe, data: Sequence[str], folder: Path, seconds: float) -> dict[str, Any]:
+def computed(
+    entry: Entry, recipe: FigureRecipe, data: Sequence[str], folder: Path, seconds: float
+) -> dict[str, Any]:
     """Everything about how the data were made. Call it in the process that made them: it holds the peak of the memory."""
     import torch
 
@@ -83,19 +85,26 @@ def _machine(recipe: Any) -> dict[str, str]:
 def _model(recipe: Any) -> dict[str, Any]:
     from lab.model.zoo import weights_hash
 
-    return {"id": recipe.model.name, "revision": recipe.model.revision, "weights": weights_hash(recipe.model.name)}
+    return {
+        "id": recipe.model.name,
+        "revision": recipe.model.revision,
+        "weights": weights_hash(recipe.model.name),
+    }
 
 
 def _items(recipe: Any) -> dict[str, Any]:
     """Number and hash of every list of items the recipe names."""
-    return {name: _hashed(recipe.drawn(name)) for name in recipe.lists()}
+    return {name: _hashed(recipe.drawn(name)) for name in recipe.item_fields()}
 
 
 def _hashed(items: Sequence[Any]) -> dict[str, Any]:
     from lab.edges.evidence import video_key
 
     told = [[i.id, i.task, i.question, list(i.options), i.answer, video_key(i)] for i in items]
-    return {"n": len(items), "sha256": hashlib.sha256(json.dumps(told, ensure_ascii=False).encode()).hexdigest()}
+    return {
+        "n": len(items),
+        "sha256": hashlib.sha256(json.dumps(told, ensure_ascii=False).encode()).hexdigest(),
+    }
 
 
 def _seeds(data: Any, where: str = "") -> dict[str, int]:
@@ -125,11 +134,17 @@ def versions() -> dict[str, str]:
 
 def git() -> dict[str, Any]:
     """Commit of the code, whether files differ from it, and the hash of the difference; nothing outside a checkout."""
-    sha, status, diff = (_git(*a) for a in (("rev-parse", "HEAD"), ("status", "--porcelain"), ("diff", "HEAD")))
+    sha, status, diff = (
+        _git(*a) for a in (("rev-parse", "HEAD"), ("status", "--porcelain"), ("diff", "HEAD"))
+    )
     if sha is None:
         return {"sha": None, "dirty": None, "diff_sha256": None}
     changed = bool(status)
-    return {"sha": sha, "dirty": changed, "diff_sha256": hashlib.sha256((diff or "").encode()).hexdigest() if changed else None}
+    return {
+        "sha": sha,
+        "dirty": changed,
+        "diff_sha256": hashlib.sha256((diff or "").encode()).hexdigest() if changed else None,
+    }
 
 
 def _git(*args: str) -> str | None:
@@ -162,7 +177,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"no {path}: make the figure first, `vlab figures run {path.parent.name}`") from None
+        raise ConfigError(
+            f"no {path}: make the figure first, `vlab figures run {path.parent.name}`"
+        ) from None
     except (OSError, ValueError) as e:
         raise ConfigError(f"{path} cannot be read: {e}") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:

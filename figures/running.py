@@ -12,7 +12,12 @@ from pathlib import Path
 
 from figures.shelf import HERE, Entry
 
-ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+ENV = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,9 @@ class Outcome:
     code: int = 0
 
 
-def run_all(jobs: Sequence[Job], workers: int | None = None, tell: Callable[[Outcome], None] = lambda _: None) -> list[Outcome]:
+def run_all(
+    jobs: Sequence[Job], workers: int | None = None, tell: Callable[[Outcome], None] = lambda _: None
+) -> list[Outcome]:
     """All outcomes, in the order of the jobs. One failure does not stop the others; Ctrl-C ends them all."""
     running: dict[int, tuple[subprocess.Popen[str], float]] = {}
     done: dict[int, Outcome] = {}
@@ -67,7 +74,13 @@ def _started(job: Job) -> subprocess.Popen[str]:
     path = os.pathsep.join(p for p in (str(HERE.parent), os.environ.get("PYTHONPATH", "")) if p)
     command = [sys.executable, "-m", "figures.making", job.entry.name, str(job.folder), *job.options]
     with log:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **ENV, "PYTHONPATH": path})
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **ENV, "PYTHONPATH": path},
+        )
 
 
 def _ended(running: dict[int, tuple[subprocess.Popen[str], float]]) -> Iterator[int]:
@@ -81,5 +94,15 @@ def _outcome(job: Job, process: subprocess.Popen[str], seconds: float) -> Outcom
     if process.returncode == 0:
         (job.folder / "log.txt").unlink(missing_ok=True)
         return Outcome(job, said[-1] if said else "computed", seconds)
-    lines = [line.strip() for line in (job.folder / "log.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
-    return Outcome(job, "failed", seconds, lines[-1] if lines else f"ended with code {process.returncode}", process.returncode)
+    lines = [
+        line.strip()
+        for line in (job.folder / "log.txt").read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
+    return Outcome(
+        job,
+        "failed",
+        seconds,
+        lines[-1] if lines else f"ended with code {process.returncode}",
+        process.returncode,
+    )

@@ -59,7 +59,9 @@ def works(case: Case) -> tuple[dict[str, Work], dict[str, str]]:
     """Tool -> its way through the sweep; and the tools that cannot run this model, with the reason."""
     done: dict[str, Work] = {
         "ours, fast": lambda: run_cut(case.model, Store.of(case.model, case.ready), case.cuts)[:, -1].float(),
-        "ours, reference": lambda: torch.cat([_last(run_dense(case.model, case.ready, c)) for c in case.cuts]),
+        "ours, reference": lambda: torch.cat(
+            [_last(run_dense(case.model, case.ready, c)) for c in case.cuts]
+        ),
         "naive": _naive(case),
     }
     left_out: dict[str, str] = {}
@@ -82,12 +84,16 @@ def _naive(case: Case) -> Work:
     parts, dtype = wrap(hf).parts, case.model.dtype
 
     def run() -> Tensor:
-        return torch.cat([_eager(hf, parts, case.ready.inputs, layers, cut, dtype) for layers, cut in case.masks])
+        return torch.cat(
+            [_eager(hf, parts, case.ready.inputs, layers, cut, dtype) for layers, cut in case.masks]
+        )
 
     return run
 
 
-def _eager(hf: Any, parts: Any, inputs: Any, layers: Sequence[int], cut: Tensor, dtype: torch.dtype) -> Tensor:
+def _eager(
+    hf: Any, parts: Any, inputs: Any, layers: Sequence[int], cut: Tensor, dtype: torch.dtype
+) -> Tensor:
     kept = torch.ones_like(cut).tril() & ~cut
     mask = ((~kept).to(dtype) * torch.finfo(dtype).min)[None, None]
     attentions = [parts[i].attn for i in layers]

@@ -30,7 +30,9 @@ def saved(entry: Entry, folder: Path) -> list[str]:
     """What is wrong with a folder as it is: files changed, a recipe that is not the manifest's, drawings that differ."""
     try:
         told = manifest.read(folder / manifest.MANIFEST)
-        wrong = [f"{n} is missing or its bytes have changed" for n in manifest.changed(folder, told["outputs"])]
+        wrong = [
+            f"{n} is missing or its bytes have changed" for n in manifest.changed(folder, told["outputs"])
+        ]
         if from_plain(told["recipe"]).id != told["recipe_id"]:
             wrong.append(f"the manifest's recipe has not the id {told['recipe_id']} that it states")
         if wrong:
@@ -50,7 +52,11 @@ def _checked(entry: Entry, results: Sequence[Result]) -> list[str]:
 def _redrawn(entry: Entry, folder: Path, results: Sequence[Result], recipe_id: str) -> list[str]:
     plate = entry.module.draw(results)
     made = {s: plate_bytes(plate, s, about=f"recipe {recipe_id}") for s in SUFFIXES}
-    return [f"figure{s} drawn again from its data has other bytes" for s, b in made.items() if (folder / f"figure{s}").read_bytes() != b]
+    return [
+        f"figure{s} drawn again from its data has other bytes"
+        for s, b in made.items()
+        if (folder / f"figure{s}").read_bytes() != b
+    ]
 
 
 def repeated(entry: Entry, folder: Path, fresh: Path) -> list[str]:
@@ -66,7 +72,9 @@ def repeated(entry: Entry, folder: Path, fresh: Path) -> list[str]:
     if wrong:
         return wrong
     here = all(told[k] == new[k] for k in ("versions", "python", "device_name", "threads"))
-    return [w for i, (a, b) in enumerate(zip(old, again, strict=True), 1) if (w := _apart(i, a, b, told, here))]
+    return [
+        w for i, (a, b) in enumerate(zip(old, again, strict=True), 1) if (w := _apart(i, a, b, told, here))
+    ]
 
 
 def _alike(old: Sequence[Result], new: Sequence[Result], *, numbers: bool) -> list[str]:
@@ -82,7 +90,11 @@ def _alike(old: Sequence[Result], new: Sequence[Result], *, numbers: bool) -> li
 
 def _apart(i: int, old: Result, new: Result, told: dict[str, Any], here: bool) -> str:
     if told["determinism"] == "exact" and here:
-        return "" if _bytes(old) == _bytes(new) else f"data_{i}: a second run gives other bytes ({_difference(old, new)})"
+        return (
+            ""
+            if _bytes(old) == _bytes(new)
+            else f"data_{i}: a second run gives other bytes ({_difference(old, new)})"
+        )
     scale = float(np.nanmax(np.abs(np.where(np.isfinite(old.values), old.values, 0.0)), initial=0.0))
     bound = told["tolerance"] if told["determinism"] == "tolerance" else FOREIGN * max(1.0, scale)
     if not np.array_equal(np.isfinite(old.values), np.isfinite(new.values)):
@@ -105,7 +117,9 @@ def _difference(old: Result, new: Result) -> str:
         return f"shapes {old.shape} and {new.shape}"
     known = np.isfinite(old.values) & np.isfinite(new.values)
     apart = np.abs(old.values[known].astype(float) - new.values[known].astype(float)).max(initial=0.0)
-    return f"largest difference {float(apart):.3g}" if apart else "the numbers are equal, notes or names are not"
+    return (
+        f"largest difference {float(apart):.3g}" if apart else "the numbers are equal, notes or names are not"
+    )
 
 
 def whole(folder: Path) -> bool:

@@ -31,8 +31,19 @@ def checkpoint(folder: Path) -> Path:
     """A random Qwen2.5-VL with tokenizer and preprocessor, as a folder."""
     families.build("qwen2_5_vl").save_pretrained(folder)
     families.tokenizer("qwen2_5_vl").save_pretrained(folder)
-    sizes = {"size": {"shortest_edge": 64, "longest_edge": 10**6}, "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
-    does = {"do_resize": True, "do_rescale": True, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    sizes = {
+        "size": {"shortest_edge": 64, "longest_edge": 10**6},
+        "patch_size": 4,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    does = {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     kind = {"image_processor_type": "Qwen2VLImageProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(sizes | does | kind))
     return folder
@@ -55,7 +66,10 @@ def main(names: Sequence[str]) -> int:
                 code = vlab(command(entry, model, Path(root) / entry.name))
             failed += code != 0
             lines = said.getvalue().strip().splitlines()
-            print(f"{entry.name}: code {code}, {time.monotonic() - start:.0f} s{': ' + lines[-1] if code else ''}", flush=True)
+            print(
+                f"{entry.name}: code {code}, {time.monotonic() - start:.0f} s{': ' + lines[-1] if code else ''}",
+                flush=True,
+            )
     return int(failed > 0)
 
 

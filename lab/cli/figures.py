@@ -25,11 +25,15 @@ def listed(out: str) -> Reply:
         folder = folder_of(e, recipe, Path(out))
         made = is_whole(e, recipe, folder)
         rows.append({"number": e.number, "name": e.name, "determinism": recipe.determinism, "made": made, "title": e.title, "recipe": str(e.recipe_file), "folder": str(folder)})  # fmt: skip
-    shown = [(r["number"], r["name"], r["determinism"], "made" if r["made"] else "-", r["title"]) for r in rows]
+    shown = [
+        (r["number"], r["name"], r["determinism"], "made" if r["made"] else "-", r["title"]) for r in rows
+    ]
     return Reply(rows, table(("no.", "name", "repeats", "state", "what"), shown))
 
 
-def run(names: Sequence[str], out: str, changes: Sequence[str], jobs: int | None, *, redo: bool, from_data: bool) -> Reply:
+def run(
+    names: Sequence[str], out: str, changes: Sequence[str], jobs: int | None, *, redo: bool, from_data: bool
+) -> Reply:
     """Makes the figures named (none: all); what is whole already is kept."""
     from figures.making import folder_of, recipe_of
     from figures.running import Job, run_all
@@ -42,7 +46,16 @@ def run(names: Sequence[str], out: str, changes: Sequence[str], jobs: int | None
     todo = [Job(e, folder_of(e, recipe_of(e, given), Path(out)), options) for e in entries]
     made = run_all(todo, jobs, tell=_tell)
     failed = [o for o in made if o.code]
-    rows = [{"name": o.job.entry.name, "folder": str(o.job.folder), "state": o.said, "seconds": round(o.seconds, 1), "error": o.error} for o in made]
+    rows: list[dict[str, Any]] = [
+        {
+            "name": o.job.entry.name,
+            "folder": str(o.job.folder),
+            "state": o.said,
+            "seconds": round(o.seconds, 1),
+            "error": o.error,
+        }
+        for o in made
+    ]
     lines = [f"{r['folder']}: {r['state']}{': ' + r['error'] if r['error'] else ''}" for r in rows]
     if not failed and not names and not changes:
         lines.append(str(_gallery(Path(out))))
@@ -63,7 +76,11 @@ def verify(names: Sequence[str], out: str, jobs: int | None, quick: bool) -> Rep
             again = [(e, f) for e, f in zip(entries, folders, strict=True) if (f / "computed.json").is_file()]
             todo = [Job(e, Path(root) / e.name, ("--data-only",)) for e, _ in again]
             for outcome, (e, f) in zip(run_all(todo, jobs, tell=_tell), again, strict=True):
-                wrong[e.name] += [f"cannot be computed: {outcome.error}"] if outcome.code else repeated(e, f, outcome.job.folder)
+                wrong[e.name] += (
+                    [f"cannot be computed: {outcome.error}"]
+                    if outcome.code
+                    else repeated(e, f, outcome.job.folder)
+                )
     return _verdict(wrong, quick)
 
 
@@ -93,12 +110,19 @@ def _chosen(names: Sequence[str]) -> list[Any]:
 
 def _tell(outcome: Any) -> None:
     error = f": {outcome.error}" if outcome.error else ""
-    print(f"{outcome.job.entry.name}: {outcome.said}, {outcome.seconds:.0f} s{error}", file=sys.stderr, flush=True)
+    print(
+        f"{outcome.job.entry.name}: {outcome.said}, {outcome.seconds:.0f} s{error}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _verdict(wrong: dict[str, list[str]], quick: bool) -> Reply:
     bad = {n: w for n, w in wrong.items() if w}
-    lines = [f"{'RED  ' if w else 'green'}  {n}" + "".join(f"\n         {line}" for line in w) for n, w in wrong.items()]
+    lines = [
+        f"{'RED  ' if w else 'green'}  {n}" + "".join(f"\n         {line}" for line in w)
+        for n, w in wrong.items()
+    ]
     how = "files and drawings" if quick else "files, drawings and a second run"
     lines.append(f"{len(wrong) - len(bad)} of {len(wrong)} figures are green ({how})")
     data = {n: {"green": not w, "wrong": w} for n, w in wrong.items()}

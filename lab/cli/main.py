@@ -519,7 +519,10 @@ def policy_schema(as_json: Json = False) -> None:
 
 
 figures_app = typer.Typer(
-    name="figures", no_args_is_help=True, rich_markup_mode=None, help="Make, check and show the figures of a paper."
+    name="figures",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Make, check and show the figures of a paper.",
 )
 app.add_typer(figures_app, short_help="Make, check and show the figures of a paper.")
 FigureNames = Annotated[
@@ -529,7 +532,8 @@ FiguresOut = Annotated[
     str, typer.Option("--out", "-o", metavar="FOLDER", help="Folder that holds a folder for each figure.")
 ]
 Jobs = Annotated[
-    int | None, typer.Option("--jobs", "-j", metavar="N", help="Figures made side by side (default: one a core).")
+    int | None,
+    typer.Option("--jobs", "-j", metavar="N", help="Figures made side by side (default: one a core)."),
 ]
 
 
@@ -552,7 +556,9 @@ def run_figures(
     """Make figures: data, svg, pdf, png, html and manifest in FOLDER/NAME. What is whole already is kept."""
     from lab.cli import figures
 
-    _finish(lambda: figures.run(names or (), out, changes or (), jobs, redo=redo, from_data=from_data), as_json)
+    _finish(
+        lambda: figures.run(names or (), out, changes or (), jobs, redo=redo, from_data=from_data), as_json
+    )
 
 
 @figures_app.command("verify", short_help="Check figures: bytes, drawings, numbers.")

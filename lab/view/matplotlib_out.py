@@ -129,6 +129,7 @@ def curves(ax: Axes, spec: FigureSpec, *, size: float | None = None) -> None:
             linestyle=s.dash,
             markersize=size or (4.5 if len(x) <= 40 else 2.5),
             linewidth=1.6 if size is None else 1.2,
+            markevery=max(1, len(x) // 12) if len(x) > 60 else None,
             label=name,
         )
     if spec.limits is not None:
@@ -141,7 +142,9 @@ def _logarithmic(ax: Axes, spec: FigureSpec) -> None:
         if name in spec.log:
             getattr(ax, f"set_{name}scale")("log")
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: text(float(value))))  # "$" is a letter here
+            axis.set_major_formatter(
+                FuncFormatter(lambda value, _: text(float(value)))
+            )  # "$" is a letter here
             axis.set_minor_locator(NullLocator())
 
 
@@ -155,13 +158,24 @@ def _bars(ax: Axes, spec: FigureSpec) -> None:
         if spec.low is not None and spec.high is not None:
             reach = np.abs(np.stack([row - spec.low[i], spec.high[i] - row]))
         ax.barh(
-            at, row, thick * 0.9, xerr=reach, color=stroke(i).colour, label=spec.series[i], error_kw={"elinewidth": 0.7}
+            at,
+            row,
+            thick * 0.9,
+            xerr=reach,
+            color=stroke(i).colour,
+            label=spec.series[i],
+            error_kw={"elinewidth": 0.7},
         )
         ends = row if spec.high is None else np.maximum(row, spec.high[i])
         for y, end, value in zip(at, ends, row, strict=True):
             if np.isfinite(value):
                 ax.annotate(
-                    text(float(f"{value:.3g}")), (end, y), (2, 0), textcoords="offset points", va="center", size="small"
+                    text(float(f"{value:.3g}")),
+                    (end, y),
+                    (2, 0),
+                    textcoords="offset points",
+                    va="center",
+                    size="small",
                 )
     ax.set_yticks(np.arange(len(spec.x)), [str(x) for x in spec.x])
     ax.invert_yaxis()
@@ -178,10 +192,17 @@ def _graph(ax: Axes, spec: FigureSpec) -> None:
     weight, at = spec.masked(), spec.places
     for i, j in zip(*np.nonzero(weight > 0), strict=True):
         strong = min(1.0, float(weight[i, j]) / 12)
-        ax.plot(*at[[i, j]].T, color="#5b6570", alpha=0.10 + 0.4 * strong, linewidth=0.4 + 1.2 * strong, zorder=1)
+        ax.plot(
+            *at[[i, j]].T, color="#5b6570", alpha=0.10 + 0.4 * strong, linewidth=0.4 + 1.2 * strong, zorder=1
+        )
     for name, (x, y), full in zip(spec.series, at, spec.marked, strict=True):
         ink, paper = ("white", stroke(0).colour) if full else ("#1d2126", "white")
-        box = {"boxstyle": "round,pad=0.28", "facecolor": paper, "edgecolor": stroke(0).colour, "linewidth": 0.6}
+        box = {
+            "boxstyle": "round,pad=0.28",
+            "facecolor": paper,
+            "edgecolor": stroke(0).colour,
+            "linewidth": 0.6,
+        }
         ax.text(x, y, name, ha="center", va="center", size="small", color=ink, bbox=box, zorder=2)
     ax.set(xlim=(0, 1), ylim=(0, 1))
     ax.set_axis_off()
@@ -239,6 +260,8 @@ def _table(ax: Axes, spec: FigureSpec) -> None:
         )
         table.auto_set_font_size(False)
         table.set_fontsize(min(8, rcParams["font.size"]))
+        for cell in table.get_celld().values():
+            cell.set_linewidth(0.6)
         table.auto_set_column_width(list(range(len(spec.columns))))
 
 

@@ -105,7 +105,9 @@ def _in_lines(figures: list[str], across: Sequence[int]) -> list[str]:
     out: list[str] = []
     for n in across:
         line, figures = figures[:n], figures[n:]
-        out.append(f'<div class="line" style="--across:{n}">{"".join(line)}</div>' if n > 1 else "".join(line))
+        out.append(
+            f'<div class="line" style="--across:{n}">{"".join(line)}</div>' if n > 1 else "".join(line)
+        )
     return out + figures
 
 

@@ -22,7 +22,7 @@ from lab.view.plates import Plate
 from lab.view.specs import FigureSpec, wrapped
 
 # points; nothing in a paper is smaller than 6
-PAPER: dict[str, Any] = {
+PAPER: Any = {
     "font.size": 7.0, "axes.titlesize": 7.5, "axes.labelsize": 7.0, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5,
     "legend.fontsize": 6.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
     "xtick.major.size": 2.5, "ytick.major.size": 2.5, "axes.titlepad": 3.0, "axes.labelpad": 2.0,
@@ -53,13 +53,17 @@ def plate_matplotlib(plate: Plate) -> Picture:
         for i, (part, row) in enumerate(zip(parts, plate.rows, strict=True)):
             shares = plate.shares[i] if i < len(plate.shares) and plate.shares[i] else (1.0,) * len(row)
             _row(part, plate, row, shares, first)
-            if plate.legend == "below" and _curves_of(row) not in [_curves_of(r) for r in plate.rows[i + 1 :]]:
+            if plate.legend == "below" and _curves_of(row) not in [
+                _curves_of(r) for r in plate.rows[i + 1 :]
+            ]:
                 _legend(part, plate, row)
             first += len(row)
         return fig
 
 
-def _row(part: SubFigure, plate: Plate, row: Sequence[FigureSpec], shares: Sequence[float], first: int) -> None:
+def _row(
+    part: SubFigure, plate: Plate, row: Sequence[FigureSpec], shares: Sequence[float], first: int
+) -> None:
     axes: Sequence[Axes] = part.subplots(1, len(row), squeeze=False, width_ratios=list(shares))[0]
     for i, (ax, spec) in enumerate(zip(axes, row, strict=True)):
         draw_on(ax, spec, size=2.6)
@@ -93,7 +97,13 @@ def _legend(part: SubFigure, plate: Plate, row: Sequence[FigureSpec]) -> None:
         longest = max(map(len, names))
         columns = max(1, min(len(names), int(plate.width / (0.38 + 0.055 * longest))))
         part.legend(
-            handles, names, loc="outside lower left", ncols=columns, handlelength=2.0, columnspacing=1.0, borderaxespad=0.1
+            handles,
+            names,
+            loc="outside lower left",
+            ncols=columns,
+            handlelength=2.0,
+            columnspacing=1.0,
+            borderaxespad=0.1,
         )
         return
 
@@ -105,7 +115,9 @@ def _named(spec: FigureSpec) -> bool:
 def plate_bytes(plate: Plate, suffix: str, *, about: str = "") -> bytes:
     """The file a plate makes; `about` stands in its metadata. Equal for equal plates."""
     if suffix not in SUFFIXES:
-        raise UsageError(f"no picture format {suffix or '(no suffix)'!r}; the formats are {', '.join(SUFFIXES)}")
+        raise UsageError(
+            f"no picture format {suffix or '(no suffix)'!r}; the formats are {', '.join(SUFFIXES)}"
+        )
     fig, out = plate_matplotlib(plate), io.BytesIO()
     named = {"Title": plate.title, "Subject" if suffix == ".pdf" else "Description": about}
     with paper():
@@ -113,10 +125,15 @@ def plate_bytes(plate: Plate, suffix: str, *, about: str = "") -> bytes:
     return out.getvalue()
 
 
-def save_plate(plate: Plate, folder: str | Path, *, about: str = "", results: Sequence[Result] = ()) -> list[Path]:
+def save_plate(
+    plate: Plate, folder: str | Path, *, about: str = "", results: Sequence[Result] = ()
+) -> list[Path]:
     """figure.svg, figure.pdf, figure.png and figure.html in `folder`. results: whose recipes the page shows."""
     folder = Path(folder)
-    made = [write_bytes(folder / f"figure{s}", plate_bytes(plate, s, about=about)) for s in (".svg", ".pdf", ".png")]
+    made = [
+        write_bytes(folder / f"figure{s}", plate_bytes(plate, s, about=about))
+        for s in (".svg", ".pdf", ".png")
+    ]
     return [*made, plate_page(plate, folder / "figure.html")]
 
 

@@ -43,7 +43,9 @@ class Plate:
 
     def __post_init__(self) -> None:
         if not self.rows or not all(self.rows):
-            raise UsageError(f"a plate needs at least one figure in each row, got {[len(r) for r in self.rows]}")
+            raise UsageError(
+                f"a plate needs at least one figure in each row, got {[len(r) for r in self.rows]}"
+            )
         heights = self.heights or (1.9,) * len(self.rows)
         if len(heights) != len(self.rows):
             raise UsageError(f"{len(heights)} heights for {len(self.rows)} rows; give one each")

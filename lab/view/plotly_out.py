@@ -227,13 +227,29 @@ def _bars(fig: Figure, spec: FigureSpec) -> None:
     for i, (group, row) in enumerate(zip(spec.series, spec.masked(), strict=True)):
         reach = None
         if spec.low is not None and spec.high is not None:
-            reach = {"type": "data", "symmetric": False, "array": spec.high[i] - row, "arrayminus": row - spec.low[i]}
+            reach = {
+                "type": "data",
+                "symmetric": False,
+                "array": spec.high[i] - row,
+                "arrayminus": row - spec.low[i],
+            }
         fig.add_trace(
-            go.Bar(x=row, y=names, orientation="h", name=_safe(group), marker={"color": stroke(i).colour}, error_x=reach)
+            go.Bar(
+                x=row,
+                y=names,
+                orientation="h",
+                name=_safe(group),
+                marker={"color": stroke(i).colour},
+                error_x=reach,
+            )
         )
-    fig.update_xaxes(title=_safe(spec.unit), type="log" if spec.log else "linear", range=None if spec.log else spec.limits)
+    fig.update_xaxes(
+        title=_safe(spec.unit), type="log" if spec.log else "linear", range=None if spec.log else spec.limits
+    )
     fig.update_yaxes(autorange="reversed", automargin=True)
-    fig.update_layout(height=int(np.clip(150 + 26 * spec.values.size, 240, 900)), showlegend=len(spec.series) > 1)
+    fig.update_layout(
+        height=int(np.clip(150 + 26 * spec.values.size, 240, 900)), showlegend=len(spec.series) > 1
+    )
 
 
 def _graph(fig: Figure, spec: FigureSpec) -> None:
@@ -245,8 +261,15 @@ def _graph(fig: Figure, spec: FigureSpec) -> None:
         x = [v for j in ends for v in (at[i, 0], at[j, 0], None)]
         y = [v for j in ends for v in (at[i, 1], at[j, 1], None)]
         line = {"color": "rgba(120,130,140,0.35)", "width": 1}
-        fig.add_trace(go.Scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", name=_safe(name), showlegend=False))
-    uses = [f"{name}: imports {int((weight[i] > 0).sum())}, imported by {int((weight[:, i] > 0).sum())}" for i, name in enumerate(spec.series)]
+        fig.add_trace(
+            go.Scatter(
+                x=x, y=y, mode="lines", line=line, hoverinfo="skip", name=_safe(name), showlegend=False
+            )
+        )
+    uses = [
+        f"{name}: imports {int((weight[i] > 0).sum())}, imported by {int((weight[:, i] > 0).sum())}"
+        for i, name in enumerate(spec.series)
+    ]
     colours = [stroke(0).colour if m else "#b9c0c7" for m in spec.marked]
     fig.add_trace(
         go.Scatter(

@@ -138,7 +138,14 @@ def figure_spec(
         result = result.mean(axis)
     if kind is not None and kind not in KINDS:
         raise UsageError(f"no figure kind {kind!r}; the kinds are {', '.join(KINDS)}")
-    makers = {"lines": _lines, "heat": _heat, "strip": _strip, "table": _table, "bars": _bars, "graph": _graph}
+    makers = {
+        "lines": _lines,
+        "heat": _heat,
+        "strip": _strip,
+        "table": _table,
+        "bars": _bars,
+        "graph": _graph,
+    }
     make = makers[kind or kind_of(result)]
     spec = make(result)
     spec = replace(
@@ -276,7 +283,9 @@ def _graph(r: Result) -> FigureSpec:
         )
     names = tuple(text(c) for c in r.coords[r.axes[0]])
     marked = tuple(bool(m) for m in r.notes.get("marked", [False] * len(names)))
-    return FigureSpec("graph", "", r.unit, values=r.values, series=names, x=names, places=places, marked=marked)
+    return FigureSpec(
+        "graph", "", r.unit, values=r.values, series=names, x=names, places=places, marked=marked
+    )
 
 
 def _few_names(r: Result, numeric: bool) -> bool:
