@@ -368,6 +368,10 @@ def json_schema(cls: type[Recipe]) -> dict[str, Any]:
     schema = cls.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["properties"]["kind"] = {"const": dotted(cls), "type": "string"}
+    schema["properties"]["base"] = {
+        "type": "string",
+        "description": "Folder that relative paths start from (`load`).",
+    }
     schema["required"] = sorted({*schema.get("required", []), "kind"})
     return schema
 

@@ -19,7 +19,7 @@ from lab.result import Result
 from tests import clips, families
 
 COMMANDS = (
-    "demo", "ask", "trace", "sweep", "lens", "attention", "probe", "run", "tokens", "models", "doctor", "count", "policy",
+    "demo", "ask", "trace", "sweep", "lens", "attention", "probe", "run", "schema", "tokens", "models", "doctor", "count", "policy",
 )  # fmt: skip
 ASK = ["Which way?", "-o", "left", "-o", "right"]
 

@@ -430,6 +430,18 @@ def rerun(
     _finish(lambda: rerunning.rerun(rerunning.Asked(recipe, changes, out, fresh, dry)), as_json)
 
 
+@app.command(short_help="The JSON Schema of recipes, for editors.")
+def schema(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="One kind, such as knockout (default: all).")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE", help="Write it here.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Print the JSON Schema of recipes: of one kind, or of all."""
+    from lab.cli import schemas
+
+    _finish(lambda: schemas.schema(kind, out), as_json)
+
+
 @app.command(short_help="Show what every position of the prompt is.")
 def tokens(
     video: Video, question: Question, option: Option = None, model: Model = "tiny", frames: Frames = None,
