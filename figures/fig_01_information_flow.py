@@ -34,7 +34,7 @@ def compute(recipe: InformationFlowRecipe, *, progress: bool = True) -> list[Res
         pathways=tuple(p for group in PANEL.values() for p in group),
     ).at(recipe.folder)  # fmt: skip
     (found,) = asked.run(progress=progress, executor="fast")
-    return [noted(found, panel={k: list(v) for k, v in PANEL.items()})]
+    return [noted(found, panel=[[k, list(v)] for k, v in PANEL.items()])]
 
 
 def draw(results: Sequence[Result]) -> Plate:
@@ -44,17 +44,18 @@ def draw(results: Sequence[Result]) -> Plate:
     chosen = found.split("correct") if right else found
     means = by_task(chosen)
     tasks = means.coords["task"]
-    last = len(found.notes["panel"]) - 1
+    panel: list[Any] = found.notes["panel"]  # a list: a dict comes back from its file in another order
+    last = len(panel) - 1
     rows = [
         one_scale([_cell(means, t, ways, i == 0, i == last) for t in tasks])
-        for i, ways in enumerate(found.notes["panel"].values())
+        for i, (_, ways) in enumerate(panel)
     ]
     which = "answered right in the clean run" if right else "all of them (none is answered right)"
     window = found.notes["window"]
     return Plate(
         "Information flow by pathway and task", tuple(rows),
         f"Change of the probability of the model's answer (%, negative: less probable) when a pathway's attention edges are cut in a "
-        f"window of {window} layers round each layer. Rows: {', '.join(found.notes['panel'])}; columns: tasks. Questions {which}, "
+        f"window of {window} layers round each layer. Rows: {', '.join(name for name, _ in panel)}; columns: tasks. Questions {which}, "
         f"{counted(means)}. {BANDS}",
         width=FULL, heights=(1.35, *(1.2,) * (last - 1), 1.35), letters=False,
     )  # fmt: skip
