@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,4 +140,13 @@ def save_plate(
 
 def plate_page(plate: Plate, path: str | Path) -> Path:
     """One page with every figure of the plate by itself, its numbers in tables; asks the network for nothing."""
-    return report(plate.figures, path, title=plate.title, intro=plate.caption, across=plate.across)
+    figures = [_headed(plate, i, j) for i, n in enumerate(plate.across) for j in range(n)]
+    return report(figures, path, title=plate.title, intro=plate.caption, across=plate.across)
+
+
+def _headed(plate: Plate, i: int, j: int) -> FigureSpec:
+    """The figure with a heading: its own, or that of the column's first figure with what is measured here."""
+    spec, first = plate.rows[i][j], plate.rows[0]
+    above = first[j].title if j < len(first) else ""
+    other = f"{above.splitlines()[0]}: {spec.y_label or spec.unit}" if above else plate.title
+    return replace(spec, title=spec.title or other)
