@@ -42,7 +42,8 @@ def compute(recipe: TokenDropRecipe, *, progress: bool = True) -> list[Result]:
     from probes.asking import item_keys
 
     keys = item_keys(list(items))
-    full = reads[:, :, :1] if 0.0 in ratios else reads.max((1, 2), keepdims=True)
+    whole = ratios.index(0.0) if 0.0 in ratios else int(np.argmin(ratios))
+    full = reads[:, :, [whole]]
     cost = np.vectorize(lambda n: _flops(model, n))(reads) / np.vectorize(lambda n: _flops(model, n))(full)
     axes = {"item": keys, "variant": list(VARIANTS), "ratio": ratios}
     return [
