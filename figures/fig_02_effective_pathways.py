@@ -64,7 +64,7 @@ def draw(results: Sequence[Result]) -> Plate:
         "query-key pairs by the paper's rule; live: those that can still reach the answer. Drop of accuracy against the full model with "
         "its paired 95 % interval (videos resampled), flips of the chosen option, KL of the options' probabilities. The curve is the best "
         f"accuracy of each family that keeps at most so many pairs; its intervals are those of the table. n = {n} questions ({videos} videos), none used in the search.",
-        width=FULL, heights=(0.42 + 0.165 * len(_rows(told)), 2.3), shares=((), (1.25, 1.0)), legend="inside",
+        width=FULL, heights=(0.42 + 0.165 * len(_rows(told)), 2.3), shares=((), (1.25, 1.0)),
     )  # fmt: skip
 
 

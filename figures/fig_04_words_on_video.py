@@ -20,6 +20,8 @@ from lab.view.plates import FULL, Plate
 from lab.view.specs import FigureSpec, figure_spec, text
 from lab.view.words import shown
 
+LONG = 7  # letters
+
 
 class WordsOnVideoRecipe(PictureRecipe):
     """top: best words that count for the lists; lists: name -> words (none: short lists of space, time and objects)."""
@@ -77,8 +79,8 @@ def draw(results: Sequence[Result]) -> Plate:
     strips = [_strip(r, film) for r in (early, late)]
     n = len(shares.coords["item"])
     tall_ = strips[0].values.shape[1] / strips[0].values.shape[2]
-    height = 0.45 + tall_ * 6.5 / 4
-    lists = figure_spec(shares, kind="lines", title="Words of three lists among the best", caption="")
+    height = 0.42 + tall_ * 6.5 / 4
+    lists = figure_spec(shares, kind="lines", title="Words of each list among the best", caption="")
     return Plate(
         "Words the lens reads on video tokens", ((strips[0],), (strips[1],), (replace(lists, x_label="Layer", y_label=_cap(shares.unit)), _answer(answer))),
         f"Best word of the normed logit lens on every video token of one video at layers {early.notes['selected']['layer']} and "
@@ -97,15 +99,19 @@ def _strip(grid: Result, film: Result) -> FigureSpec:
         title=f"Layer {grid.notes['selected']['layer']}",
         caption="",
     )
-    said = tuple(
-        tuple(tuple(shown(w.strip("<|>")) for w in row) for row in frame) for frame in grid.notes["words"]
-    )
+    said = tuple(tuple(tuple(_short(w) for w in row) for row in frame) for frame in grid.notes["words"])
     some = [i for i in np.linspace(0, len(said) - 1, min(4, len(said))).round().astype(int).tolist()]
     assert spec.frames is not None
     return replace(
         spec, words=tuple(said[i] for i in some), values=spec.values[some], frames=spec.frames[some],
         series=tuple(spec.series[i] for i in some), across=4,
     )  # fmt: skip
+
+
+def _short(word: str) -> str:
+    """A word as it fits on a quarter of a small frame; special tokens without their brackets."""
+    word = shown(word.strip("<|>"))
+    return word if len(word) <= LONG else f"{word[: LONG - 1]}\u2026"
 
 
 def _answer(answer: Result) -> FigureSpec:

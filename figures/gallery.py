@@ -85,7 +85,7 @@ def _about(told: dict[str, Any]) -> str:
     model = told["model"]
     return (
         f"Model {model['id']} (weights {model['weights'] or 'of the hub'}), {told['dtype']} on {told['device_name']}; recipe {told['recipe_id']}, "
-        f"{told['determinism']}; computed {told['date']} in {told['cpu_seconds']:.0f} CPU seconds with at most {told['peak_bytes'] / 1e6:.0f} MB; "
+        f"{told['determinism']}; computed {told['date']} in {told['wall_seconds']:.0f} s with at most {told['peak_bytes'] / 1e6:.0f} MB; "
         f"width {told['width_inches']} in."
     )
 

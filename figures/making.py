@@ -39,7 +39,7 @@ def is_whole(entry: Entry, recipe: FigureRecipe, folder: Path) -> bool:
 
 
 def has_data(entry: Entry, recipe: FigureRecipe, folder: Path) -> bool:
-    """Whether the data are there, made by this recipe and script from these weights."""
+    """Whether the data are there, made by this recipe and the measuring half of the script from these weights."""
     return _fits(entry, recipe, folder, manifest.COMPUTED, "data")
 
 
@@ -48,7 +48,9 @@ def _fits(entry: Entry, recipe: FigureRecipe, folder: Path, name: str, files: st
         told = manifest.read(folder / name)
     except ConfigError:
         return False
-    same = told["recipe_id"] == recipe.id and told["script_sha256"] == sha256_of(entry.script)
+    same = told["recipe_id"] == recipe.id and told["compute_sha256"] == entry.measuring()
+    if name == manifest.MANIFEST:
+        same = same and told["script_sha256"] == sha256_of(entry.script)
     return (
         same
         and _weights(recipe) in (None, told["model"]["weights"])
@@ -95,7 +97,7 @@ def draw(entry: Entry, folder: Path) -> dict[str, Any]:
         )
     plate = entry.module.draw(manifest.load_data(folder))
     drawn = save_plate(plate, folder, about=f"recipe {told['recipe_id']}")
-    return manifest.finish(folder, plate, drawn)
+    return manifest.finish(entry, folder, plate, drawn)
 
 
 def make(

@@ -58,7 +58,7 @@ def computed(
 
     return {
         "schema": SCHEMA, "figure": entry.name, "recipe_id": recipe.id, "recipe": recipe.plain(), "script": entry.script.name,
-        "script_sha256": sha256_of(entry.script), "argv": sys.argv[1:], "determinism": recipe.determinism, "tolerance": recipe.tolerance,
+        "compute_sha256": entry.measuring(), "argv": sys.argv[1:], "determinism": recipe.determinism, "tolerance": recipe.tolerance,
         "git": git(), "versions": versions(), "python": platform.python_version(), "os": platform.platform(),
         **_machine(recipe), "threads": torch.get_num_threads(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(), "seeds": _seeds(recipe.plain()),
@@ -161,12 +161,12 @@ def _git(*args: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def finish(folder: Path, plate: Any, drawn: Sequence[Path]) -> dict[str, Any]:
+def finish(entry: Entry, folder: Path, plate: Any, drawn: Sequence[Path]) -> dict[str, Any]:
     """Writes manifest.json, last and at once."""
     told = read(folder / COMPUTED)
     outputs = {p.name: sha256_of(p) for p in [*drawn, folder / "recipe.yaml"]}
     whole = {
-        **told, "title": plate.title, "caption": plate.caption, "width_inches": plate.width,
+        **told, "script_sha256": sha256_of(entry.script), "title": plate.title, "caption": plate.caption, "width_inches": plate.width,
         "height_inches": round(sum(plate.heights), 3), "outputs": {**told["data"], **outputs},
     }  # fmt: skip
     write(folder / MANIFEST, whole)

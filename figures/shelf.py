@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import hashlib
 import importlib
 import re
 from dataclasses import dataclass
@@ -44,6 +46,32 @@ class Entry:
         if not isinstance(found, FigureRecipe):
             raise ConfigError(f"{self.recipe_file}: {found.kind} is no recipe of a figure")
         return found
+
+    def measuring(self) -> str:
+        """Hash of the part of the script that `compute` reaches: drawing may change without a new measurement."""
+        tree = ast.parse(self.script.read_text(encoding="utf-8"))
+        parts = {name: node for node in tree.body for name in _names(node)}
+        reached, todo = set[str](), ["compute"]
+        while todo:
+            name = todo.pop()
+            if name in parts and name not in reached:
+                reached.add(name)
+                todo += [n.id for n in ast.walk(parts[name]) if isinstance(n, ast.Name)]
+        text = "\n".join(f"{n}: {ast.dump(parts[n])}" for n in sorted(reached))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _names(node: ast.stmt) -> list[str]:
+    """What a statement of a module defines."""
+    match node:
+        case ast.FunctionDef() | ast.ClassDef():
+            return [node.name]
+        case ast.Assign():
+            return [t.id for t in node.targets if isinstance(t, ast.Name)]
+        case ast.ImportFrom() | ast.Import():
+            return [a.asname or a.name for a in node.names]
+        case _:
+            return []
 
 
 def shelf() -> list[Entry]:

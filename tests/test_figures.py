@@ -16,7 +16,7 @@ import pytest
 from figures import fig_09_cost, fig_10_scaling, fig_12_house, making, manifest, verifying
 from figures.gallery import gallery
 from figures.running import Job, run_all
-from figures.shelf import find, shelf
+from figures.shelf import Entry, find, shelf
 from lab.cli.main import main as vlab
 from lab.errors import ConfigError, RunError, UsageError
 from lab.recipe import FigureRecipe, from_plain, load
@@ -114,6 +114,19 @@ def test_only_what_is_missing_is_made(copy, monkeypatch):
     assert not making.is_whole(ENTRY, making.recipe_of(ENTRY, {**FEW, "items.seed": 9}), copy)
     (copy / "data_1.npz").write_bytes(b"half")
     assert not making.is_whole(ENTRY, recipe, copy) and not making.has_data(ENTRY, recipe, copy)
+
+
+SCRIPT = "N = {n}\nM = 5\ndef compute(recipe):\n    return _half(recipe)\ndef _half(r):\n    return r * N  # {word}\ndef draw(r):\n    return {drawn} + M\n"
+
+
+def test_a_new_drawing_needs_no_new_measurement(tmp_path):
+    def entry(name: str, **words: object) -> Entry:
+        (tmp_path / f"fig_01_{name}.py").write_text(SCRIPT.format(**{"n": 1, "word": "", "drawn": 1} | words))
+        return Entry(1, name, tmp_path / f"fig_01_{name}.py")
+
+    first = entry("a").measuring()
+    assert entry("b", drawn=2).measuring() == first == entry("c", word="a remark").measuring()
+    assert entry("d", n=2).measuring() != first
 
 
 def test_other_values_go_to_a_folder_of_their_own():

@@ -95,7 +95,9 @@ def draw_on(ax: Axes, spec: FigureSpec, *, size: float | None = None) -> None:
     """One figure on axes that lie somewhere on a page, without title, caption and legend. size: of markers, in points."""
     if spec.kind == "lines":
         curves(ax, spec, size=size)
-        if "x" not in spec.log or len(spec.x) <= 8:
+        if len(spec.x) <= 8 or (
+            not spec.log and len(spec.x) <= 60
+        ):  # of more, round numbers are easier to read
             ax.set_xticks(*spec.x_ticks(8))
         ax.set(xlabel=spec.x_label, ylabel=spec.y_label)
     else:
