@@ -105,7 +105,8 @@ def item_of(spec: ItemSpec, *, base: str | Path | None = None, name: str = "item
 
 
 def _from_file(path: Path, videos: str | Path | None = None) -> list[VideoQA]:
-    folder, text = path.resolve().parent, read_text(path)
+    text = read_text(path)
+    folder = path.resolve().parent
     if path.suffix == ".jsonl":
         return _from_lines(text, folder, path)
     if path.suffix not in (".yaml", ".yml", ".json"):

@@ -21,7 +21,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -44,6 +44,7 @@ from lab.yamlfile import as_yaml, parse_yaml, read_text
 
 SCHEMA_VERSION = 1
 ROOTS = ("lab", "probes", "figures")
+WRITTEN = ROOTS[:2]  # where the recipes are that people write; those of figures lie beside their figures
 # version -> function from plain data of that version to plain data of the next one
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 _KIND = re.compile(rf"({'|'.join(ROOTS)})(\.[A-Za-z]\w*)+")
@@ -61,6 +62,8 @@ class Recipe(Part):
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: str = Field(default="", validate_default=True)
     _folder: Path | None = PrivateAttr(default=None)
+    # Fields that came later: at their defaults they are no part of the identity, so that older recipes keep their id.
+    added: ClassVar[tuple[str, ...]] = ()
 
     @field_validator("kind", mode="after")
     @classmethod
@@ -106,9 +109,9 @@ class Recipe(Part):
 
     def canonical(self) -> str:
         """JSON with sorted keys and no spaces: equal recipes give equal text on every machine."""
-        return json.dumps(
-            self.plain(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-        )
+        unsaid = {n for n in self.added if getattr(self, n) == type(self).model_fields[n].default}
+        data = {k: v for k, v in self.plain().items() if k not in unsaid}
+        return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
     @property
     def id(self) -> str:
@@ -200,8 +203,8 @@ class SimSpec(Part):
     """Simulated items: `n` items of the simulator task `sim` (or of each, with commas between), drawn with `seed`."""
 
     sim: str
-    n: int = Field(default=8, ge=1)
-    seed: int = 0
+    n: int = Field(default=8, ge=1, le=100_000)
+    seed: int = Field(default=0, ge=0)
 
 
 class ItemFile(Part):
@@ -298,7 +301,7 @@ def load(path: str | Path) -> Recipe:
     base = data.pop("base", ".") if isinstance(data, dict) else "."
     if not isinstance(base, str) or "\0" in base:
         raise ConfigError(f"{path}: base: must be the name of a folder, got {_short(base)}")
-    return from_plain(data, str(path)).at(folder / base)
+    return from_plain(data, str(path)).at(os.path.normpath(folder / base))
 
 
 def loads(text: str, name: str = "recipe") -> Recipe:
@@ -310,8 +313,8 @@ def dump(recipe: Recipe, path: str | Path | None = None) -> str:
     """The recipe as YAML text, also written to `path` if given. Raises ConfigError if `load` could not read it back."""
     resolve(recipe.kind)
     data = recipe.plain()
-    if path is not None and _has_relative_paths(recipe):
-        start = os.path.relpath(recipe.folder.resolve(), Path(path).resolve().parent)
+    if path is not None and recipe._folder is not None and _has_relative_paths(recipe):
+        start = os.path.relpath(recipe._folder.resolve(), Path(path).resolve().parent)
         data = data if start == "." else {"base": Path(start).as_posix(), **data}
     text = as_yaml(data)
     if path is not None:
@@ -348,7 +351,7 @@ def resolve(kind: str, where: str = "") -> type[Recipe]:
     module, _, name = kind.rpartition(".")
     if not _KIND.fullmatch(kind) or not module:
         raise ConfigError(
-            f"{where}{_short(kind)} is not a dotted path inside {' or '.join(ROOTS)}{_closest(kind)}"
+            f"{where}{_short(kind)} is not a dotted path inside {' or '.join(WRITTEN)}{_closest(kind)}"
         )
     try:
         found = getattr(importlib.import_module(module), name, None)
@@ -409,6 +412,8 @@ def sha256_of(path: str | Path) -> str:
                     digest.update(block)
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+    except ValueError:  # a zero byte
+        raise ConfigError(f"cannot read {str(path)!r}: not a path") from None
     return digest.hexdigest()
 
 
@@ -474,7 +479,7 @@ def _kinds_in(root: str, folder: Path) -> Iterator[str]:
 
 
 def _closest(kind: str) -> str:
-    known = known_kinds()
+    known = sorted(known_kinds(), key=lambda k: not k.startswith(WRITTEN))
     near = difflib.get_close_matches(kind, known, n=3, cutoff=0.3) or known[:3]
     return f"; closest: {', '.join(near)}" if near else "; no recipe kinds are installed"
 

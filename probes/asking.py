@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 
@@ -67,6 +67,7 @@ class ProbeRecipe(Owner):
     n_frames: int = Field(default=8, ge=1)
     policy: dict[str, Any] | None = None
     mechanisms: MechanismSpecs = ()
+    added: ClassVar[tuple[str, ...]] = ("mechanisms",)
 
     def questions(self) -> list[VideoQA]:
         """The recipe's items. Raises ConfigError if a file changed."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -66,6 +66,7 @@ class AttributionRecipe(ProbeRecipe):
     target: str | None = None
     output: Output | None = None
     n_steps: int = 32
+    added: ClassVar[tuple[str, ...]] = ("mechanisms", "policy")
 
     def run(self, *, progress: bool = True, model: Any = None) -> list[Result]:
         """Load what the recipe names (or use `model`) and attribute."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class EvaluationRecipe(Recipe):
         found = replace(found, recipe=self.plain())
         return [found, curve_of(found)]
 
-    def written(self, results: Sequence[Result], folder: Path, usual: Callable[[], list[Path]]) -> list[Path]:
-        """The usual files, and the policy."""
+    def further(self, results: Sequence[Result], folder: Path) -> list[Path]:
+        """Writes the policy that was measured."""
         Policy.from_dict(self.policy, "policy").save(folder / "policy.yaml")
-        return [*usual(), folder / "policy.yaml"]
+        return [folder / "policy.yaml"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -50,7 +50,7 @@ class KnockoutRecipe(Recipe):
 
     model: ModelSpec = ModelSpec()
     items: ItemsSpec
-    n_frames: int = 8
+    n_frames: int = Field(default=8, ge=1)
     pathways: tuple[str, ...] = Field(default=PATHWAYS, min_length=1)
     window: int = Field(default=WINDOW, ge=1)
     metric: Metric = "argmax"
@@ -61,6 +61,7 @@ class KnockoutRecipe(Recipe):
     heads: Literal["each"] | tuple[int, ...] | None = None
     frame_pairs: Literal["each"] | tuple[tuple[int, int], ...] | None = None
     mechanisms: MechanismSpecs = ()
+    added: ClassVar[tuple[str, ...]] = ("mechanisms",)
 
     def run(
         self, *, progress: bool = True, model: Any = None, out: str | Path | None = None, executor: Executor = DEFAULT,

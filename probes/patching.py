@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class PatchingRecipe(ProbeRecipe):
     into: str = CORRUPTED
     against: str | None = None
     metric: Metric = "recovered"
+    added: ClassVar[tuple[str, ...]] = ("mechanisms", "policy")
 
     def run(self, *, progress: bool = True, model: Any = None, out: str | Path | None = None) -> list[Result]:
         """Load what the recipe names (or use `model`) and patch. Raises ConfigError if a file or the weights changed."""

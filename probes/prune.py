@@ -7,7 +7,7 @@ The work is done in `lab.edges`; here are the question's name, its recipe and it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,6 @@ class Pruned:
         """All Results, the most telling first."""
         found = [r for r in (self.pictures.get("curve"), self.evaluation) if r is not None]
         return [*found, *(r for name, r in self.pictures.items() if name != "curve"), self.trail]
-
-    def named(self) -> dict[str, Result]:
-        """The same by the names of their files: result.npz is the first."""
-        others = [n for n in self.pictures if n != "curve"]
-        names = [*(["curve", "evaluation"] if self.evaluation is not None else []), *others, "trail"]
-        return {f"{n}.npz": r for n, r in zip(["result", *names[1:]], self.results(), strict=True)}
 
 
 class BudgetSpec(Part):
@@ -114,11 +108,10 @@ class PruneRecipe(Recipe):
     def _load(self, spec: Any) -> list[Any]:
         return list(load_items(spec, base=self.folder))
 
-    def written(self, results: Sequence[Result], folder: Path, usual: Callable[[], list[Path]]) -> list[Path]:
-        """The usual files, and the policy."""
-        found = Policy.from_dict(results[-1].notes["policy"], "policy")
-        found.save(folder / "policy.yaml")
-        return [*usual(), folder / "policy.yaml"]
+    def further(self, results: Sequence[Result], folder: Path) -> list[Path]:
+        """Writes the policy that was found."""
+        Policy.from_dict(results[-1].notes["policy"], "policy").save(folder / "policy.yaml")
+        return [folder / "policy.yaml"]
 
 
 def prune(

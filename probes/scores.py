@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -40,6 +40,7 @@ class ScoresRecipe(Recipe):
     drop: bool = False
     cells: int = Field(default=CELLS, ge=0)
     mechanisms: MechanismSpecs = ()
+    added: ClassVar[tuple[str, ...]] = ("mechanisms",)
 
     def run(self, *, progress: bool = True, model: Any = None) -> list[Result]:
         """Load what the recipe names (or use `model`), score, validate. Raises ConfigError if file or weights changed."""

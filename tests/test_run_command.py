@@ -303,6 +303,7 @@ def test_a_command_leaves_a_recipe_that_repeats_it(capsys: Any, here: Path, args
     name = "evaluation.npz" if args[0] == "eval" else "result.npz"
     first, second = Result.load(Path("made") / name), Result.load("again/result.npz")
     assert np.array_equal(first.values, second.values, equal_nan=True) and first.recipe == second.recipe
+    assert Path("again/policy.yaml").exists() == (args[0] == "eval")
 
 
 @pytest.mark.parametrize(

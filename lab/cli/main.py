@@ -28,6 +28,8 @@ Exit codes:
 An error is one line. `--debug`, anywhere on the line, shows where it happened.
 """
 
+LONGEST = 2000  # characters of an error; names of a megabyte are cut
+
 app = typer.Typer(
     name="vlab", add_completion=False, no_args_is_help=True, rich_markup_mode=None, epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -164,8 +166,9 @@ def sweep(
         typer.Option(
             "--items",
             metavar="FILE",
-            help="Questions: .jsonl or .yaml, a TVBench or MVBench .json, or simulated ones: sim:TASKS:N:SEED "
-            "(sim:temporal:20 is the paper's five tasks).",
+            help="Questions: .jsonl or .yaml, a TVBench or MVBench .json, simulated ones: sim:TASKS:N:SEED "
+            "(sim:temporal:20 is the paper's five tasks), or a benchmark's folder: tvbench, mvbench, tomato or "
+            "tempcompass:FOLDER[:TASKS][:N].",
         ),
     ],
     video_root: Annotated[str | None, typer.Option("--video-root", metavar="FOLDER", help="Where a benchmark's videos lie.")] = None,
@@ -259,7 +262,7 @@ Items = Annotated[
     typer.Option(
         "--items",
         metavar="FILE",
-        help='Questions: .jsonl or .yaml, or a simulator task: \'{"sim": "moving_direction", "n": 8}\'.',
+        help="Questions: .jsonl or .yaml, sim:TASKS:N:SEED, or a benchmark's folder, such as tvbench:FOLDER[:TASKS][:N].",
     ),
 ]
 UnderPolicy = Annotated[
@@ -660,7 +663,8 @@ def _explained(e: Exception, usage_error: type[Exception]) -> int:
 
 def _say(message: str, code: int) -> int:
     # names of files and questions come from anywhere: what would move the cursor is shown, not sent
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:LONGEST])
+    shown += "..." if len(message) > LONGEST else ""
     print(f"vlab: {shown}", file=sys.stderr)
     return code
 

@@ -31,7 +31,7 @@ def prune(
     options: dict[str, Any],
 ) -> Reply:
     """Policy file `out`; beside it, in a folder of its name, trail, evaluation, pictures and recipe."""
-    from lab.recipe import ModelSpec
+    from lab.recipe import ModelSpec, dump
     from lab.view.draw import save
     from probes.prune import DRAWN, BudgetSpec, PruneRecipe
 
@@ -39,7 +39,7 @@ def prune(
         raise UsageError("--fps: pruning takes the same number of frames of every video; use --frames")
     if Path(out).suffix.lower() not in (".yaml", ".yml", ".json"):
         raise UsageError(f"--out {out}: a policy file ends in .yaml or .json")
-    folder, started = Path(out).with_suffix(""), time.monotonic()
+    folder = Path(out).with_suffix("")
     model = setting.load()
     recipe = checked(
         PruneRecipe, model=ModelSpec(**(model.spec or {})), items=source_of(items), n_frames=setting.frames or 8,
@@ -50,9 +50,10 @@ def prune(
     if found.trail.notes["stopped"] != "interrupted":
         shutil.rmtree(journal, ignore_errors=True)  # the next run measures anew
     found.policy.save(out)
-    files = [save(r, folder / f"{name}.png", **DRAWN[name]) for name, r in found.pictures.items()]
-    files += [r.save(folder / name) for name, r in found.named().items()]
-    files = [Path(out), *keep(recipe, files, folder, started)]
+    dump(recipe, folder / "recipe.yaml")
+    files = [Path(out), folder / "recipe.yaml", found.trail.save(folder / "trail.npz")]
+    files += [save(r, folder / f"{name}.png", **DRAWN[name]) for name, r in found.pictures.items()]
+    files += [] if found.evaluation is None else [found.evaluation.save(folder / "evaluation.npz")]
     notes = found.trail.notes
     data = {
         "policy": found.policy.id, "recipe": recipe.id, "complete": notes["complete"], "stopped": notes["stopped"],

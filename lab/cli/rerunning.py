@@ -146,13 +146,13 @@ def difference(new: Result, old: Result) -> float:
 def write_results(results: Sequence[Result], out: Path, recipe: Recipe | None = None) -> list[Path]:
     """result.npz (result_2.npz ... for further ones), report.html and flow.png in folder `out`, and what the recipe adds.
 
-    A recipe whose results are not drawn so, or that has more to write, has a method
-    `written(results, folder, usual) -> paths`; `usual()` writes the files named above and gives their paths.
+    A recipe may have `write(results, folder)`, which writes its own files in place of these, or `further(results,
+    folder)`, which writes more; both return the paths.
     """
-    written = getattr(recipe, "written", None)
-    if written is not None:
-        return list(written(results, out, lambda: _usual(results, out)))
-    return _usual(results, out)
+    if hasattr(recipe, "write"):
+        return list(recipe.write(results, out))  # type: ignore[union-attr]
+    more = recipe.further(results, out) if hasattr(recipe, "further") else []  # type: ignore[union-attr]
+    return [*_usual(results, out), *more]
 
 
 def _usual(results: Sequence[Result], out: Path) -> list[Path]:
