@@ -136,7 +136,7 @@ def _strip(depth: Result, name: str, film: Result) -> FigureSpec:
         frames=film.values,
         title=f"Depth, selector: {name}",
         caption="",
-        limits=(float(depth.values.min()) - 0.5, float(depth.notes["layers"])),
+        limits=(float(depth.values.min()) - 0.5, float(depth.values.max())),
     )
 
 
