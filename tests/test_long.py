@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from figures import fig_scaling
 from lab.bench import scaling
 from lab.edges import fast, presets, shelf
 from lab.edges.closure import closure_of
@@ -26,6 +26,7 @@ from lab.slots import Plan
 from tests import edgecases, families
 
 LONG = 4096
+DATA = Path(scaling.__file__).parent / "data" / "scaling_cpu.json"
 PATHWAYS = ("cross-frame", "video->text", "text->last", "frame:1->frame:3", "none")
 
 
@@ -302,7 +303,7 @@ def detoured(model: Any, ready: Any) -> Any:
 
 def test_the_committed_growth_says_that_longer_prompts_gain_more():
     """Of the bench's numbers: exact, no fallback, and the ratio to naive grows with positions, layers and knock-outs."""
-    data = json.loads(fig_scaling.DATA.read_text(encoding="utf-8"))
+    data = json.loads(DATA.read_text(encoding="utf-8"))
     assert set(data["pieces"]) == set(scaling.PIECES)
     for rows in data["pieces"].values():
         ratios = [r["ratio"] for r in rows]
@@ -311,4 +312,3 @@ def test_the_committed_growth_says_that_longer_prompts_gain_more():
     cut = {k: v for k, v in data["others"]["difference_to_ours"].items() if "clean" not in k}
     assert {"TransformerLens", "nnsight", "eager with a mask"} <= set(cut) and max(cut.values()) <= 1e-4
     assert data["others"]["difference_to_ours"]["clean, sdpa"] > 1e-2
-    assert len(fig_scaling.draw(data).axes) == 4

@@ -1,9 +1,7 @@
-"""The bench of token drop: matched budgets, intervals, one row per variant; and the picture of kept tokens."""
+"""The bench of token drop: matched budgets, intervals, one row per variant."""
 
 import pytest
-import torch
 
-from figures.fig_kept_tokens import MECHANISMS, curves, painted
 from lab.bench.measuring import wilson
 from lab.bench.token_drop import accuracy, seconds, table, variants
 from lab.mechanisms.differential_token_drop import DifferentialTokenDrop
@@ -42,25 +40,3 @@ def test_the_bench_on_tiny():
     assert times["feature"]["positions"] == times["vanilla"]["positions"] - 89
     assert times["feature"]["kv_bytes"] * times["vanilla"]["positions"] == times["vanilla"]["kv_bytes"] * times["feature"]["positions"]  # fmt: skip
     assert len(table(found).splitlines()) == 2 + 2 * len(named) + 1
-
-
-@pytest.mark.parametrize("name", list(MECHANISMS))
-def test_pictures_show_every_token_that_is_read(name):
-    small, item = model(), question()
-    mech = MECHANISMS[name]
-    result, frames = painted(small, item, name, mech)
-    tokens = small.maps(small.prepare(item, mechanisms=[mech]))[0]
-    read = tokens.where(role="frame")
-    assert frames.shape[0] == result.shape[0] == (9 if "thumbnail" in name else 8)
-    if "merged" in name:
-        assert float((1 / torch.tensor(result.values)).sum()) == pytest.approx(24, rel=1e-4)
-    else:
-        assert float(result.values.sum()) == len(read) and set(result.values.flatten().tolist()) == {0.0, 1.0}
-
-
-def test_the_curve_is_what_is_dropped():
-    small, item = model(), question()
-    with torch.no_grad():
-        curve = curves(small, item)
-    assert curve.shape == (2, 8) and curve.values[:, 0].tolist() == [0, 0]
-    assert (curve.values.sum(1) * 16).tolist() == pytest.approx([89, 89])

@@ -1,6 +1,6 @@
 """How the cost of knock-out sweeps grows with length, layers and windows; and what one knock-out costs elsewhere.
 
-    python -m lab.bench.scaling --out scaling.json          then: python -m figures.fig_scaling
+    python -m lab.bench.scaling --out scaling.json          (small, on any model: `vlab figures run scaling cost`)
 
 The decoder of `lab.bench.sweep` (8 heads, 2 of keys, MLP of 4 d; --d gives its width) and its ten text pathways. Fast is the stored
 clean run and all points from it; naive one SDPA forward with a dense mask per point, of which some are timed in the same

@@ -558,6 +558,69 @@ def policy_schema(as_json: Json = False) -> None:
     _finish(policies.schema, as_json)
 
 
+figures_app = typer.Typer(
+    name="figures",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Make, check and show the figures of a paper.",
+)
+app.add_typer(figures_app, short_help="Make, check and show the figures of a paper.")
+FigureNames = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME]...", help="Figures by name or number (default: all).")
+]
+FiguresOut = Annotated[
+    str, typer.Option("--out", "-o", metavar="FOLDER", help="Folder that holds a folder for each figure.")
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", "-j", metavar="N", help="Figures made side by side (default: one a core)."),
+]
+
+
+@figures_app.command("list", short_help="List the figures.")
+def list_figures(out: FiguresOut = "out/figures", as_json: Json = False) -> None:
+    """List the figures: what they show, how well they repeat, and which are made."""
+    from lab.cli import figures
+
+    _finish(lambda: figures.listed(out), as_json)
+
+
+@figures_app.command("run", short_help="Make figures.")
+def run_figures(
+    names: FigureNames = None, out: FiguresOut = "out/figures", jobs: Jobs = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value in the recipe, such as model=FOLDER or items.n=4; repeat for more. Goes to a folder of its own.")] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Compute again what is there already.")] = False,
+    from_data: Annotated[bool, typer.Option("--from-data", help="Only draw, from the data in the folder; needs no torch.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Make figures: data, svg, pdf, png, html and manifest in FOLDER/NAME. What is whole already is kept."""
+    from lab.cli import figures
+
+    _finish(
+        lambda: figures.run(names or (), out, changes or (), jobs, redo=redo, from_data=from_data), as_json
+    )
+
+
+@figures_app.command("verify", short_help="Check figures: bytes, drawings, numbers.")
+def verify_figures(
+    names: FigureNames = None, out: FiguresOut = "out/figures", jobs: Jobs = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave the second run out: check files and drawings alone.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Compute every figure again and compare: bytes of data and drawings, numbers within the recipe's tolerance."""
+    from lab.cli import figures
+
+    _finish(lambda: figures.verify(names or (), out, jobs, quick), as_json)
+
+
+@figures_app.command("gallery", short_help="Write one page with all figures.")
+def figures_gallery(out: FiguresOut = "out/figures", as_json: Json = False) -> None:
+    """One local page with every figure, its caption, script, recipe, data and manifest."""
+    from lab.cli import figures
+
+    _finish(lambda: figures.gallery(out), as_json)
+
+
 @app.command(short_help="List known checkpoints and their sizes.")
 def models(as_json: Json = False) -> None:
     """List checkpoints known to work, their sizes and the memory they take."""

@@ -13,16 +13,17 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lab.errors import UsageError
 from lab.result import write_bytes
 from lab.view.palette import anchors, grey, rgba_scale, stroke
-from lab.view.specs import FigureSpec, Mark, mosaic, wrapped
+from lab.view.specs import FigureSpec, Mark, mosaic, text, wrapped
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib, so the same everywhere
@@ -91,6 +92,19 @@ def styled() -> Iterator[None]:
         yield
 
 
+def draw_on(ax: Axes, spec: FigureSpec, *, size: float | None = None) -> None:
+    """One figure on axes that lie somewhere on a page, without title, caption and legend. size: of markers, in points."""
+    if spec.kind == "lines":
+        curves(ax, spec, size=size)
+        if len(spec.x) <= 8 or (
+            not spec.log and len(spec.x) <= 60
+        ):  # of more, round numbers are easier to read
+            ax.set_xticks(*spec.x_ticks(8))
+        ax.set(xlabel=spec.x_label, ylabel=spec.y_label)
+    else:
+        _PLAN[spec.kind][0](ax, spec)
+
+
 def _lines(ax: Axes, spec: FigureSpec) -> None:
     curves(ax, spec)
     for mark in spec.marks:
@@ -153,10 +167,83 @@ def curves(ax: Axes, spec: FigureSpec, *, size: float | None = None) -> None:
             linestyle=s.dash,
             markersize=size or (4.5 if len(x) <= 40 else 2.5),
             linewidth=1.6 if size is None else 1.2,
+            markevery=max(1, len(x) // 12) if len(x) > 60 else None,
             label=name,
         )
     if spec.limits is not None:
         ax.set_ylim(spec.limits)
+    _logarithmic(ax, spec)
+
+
+def _logarithmic(ax: Axes, spec: FigureSpec) -> None:
+    for name, axis in (("x", ax.xaxis), ("y", ax.yaxis)):
+        if name in spec.log:
+            getattr(ax, f"set_{name}scale")("log")
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+            axis.set_major_formatter(
+                FuncFormatter(lambda value, _: text(float(value)))
+            )  # "$" is a letter here
+            axis.set_minor_locator(NullLocator())
+
+
+def _barh(ax: Axes, spec: FigureSpec) -> None:
+    """Lying bars, the first on top; the number stands at the end of each."""
+    n = len(spec.series)
+    thick = 0.8 / n
+    for i, row in enumerate(spec.masked()):
+        at = np.arange(len(spec.x)) + (i - (n - 1) / 2) * thick
+        reach = None
+        if spec.low is not None and spec.high is not None:
+            reach = np.abs(np.stack([row - spec.low[i], spec.high[i] - row]))
+        ax.barh(
+            at,
+            row,
+            thick * 0.9,
+            xerr=reach,
+            color=stroke(i).colour,
+            label=spec.series[i],
+            error_kw={"elinewidth": 0.7},
+        )
+        ends = row if spec.high is None else np.maximum(row, spec.high[i])
+        for y, end, value in zip(at, ends, row, strict=True):
+            if np.isfinite(value):
+                ax.annotate(
+                    text(float(f"{value:.3g}")),
+                    (end, y),
+                    (2, 0),
+                    textcoords="offset points",
+                    va="center",
+                    size="small",
+                )
+    ax.set_yticks(np.arange(len(spec.x)), [str(x) for x in spec.x])
+    ax.invert_yaxis()
+    ax.set_xlabel(spec.unit)
+    ax.margins(x=0.16)
+    _logarithmic(ax, spec)
+    if spec.limits is not None:
+        ax.set_xlim(spec.limits)
+
+
+def _graph(ax: Axes, spec: FigureSpec) -> None:
+    """Boxes with names, joined by lines that grow stronger with the number of links."""
+    assert spec.places is not None
+    weight, at = spec.masked(), spec.places
+    for i, j in zip(*np.nonzero(weight > 0), strict=True):
+        strong = min(1.0, float(weight[i, j]) / 12)
+        ax.plot(
+            *at[[i, j]].T, color="#5b6570", alpha=0.10 + 0.4 * strong, linewidth=0.4 + 1.2 * strong, zorder=1
+        )
+    for name, (x, y), full in zip(spec.series, at, spec.marked, strict=True):
+        ink, paper = ("white", stroke(0).colour) if full else ("#1d2126", "white")
+        box = {
+            "boxstyle": "round,pad=0.28",
+            "facecolor": paper,
+            "edgecolor": stroke(0).colour,
+            "linewidth": 0.6,
+        }
+        ax.text(x, y, name, ha="center", va="center", size="small", color=ink, bbox=box, zorder=2)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.set_axis_off()
 
 
 def _heat(ax: Axes, spec: FigureSpec) -> None:
@@ -190,10 +277,27 @@ def _strip(ax: Axes, spec: FigureSpec) -> None:
     for i, (x, y) in enumerate(m.corners):
         if spec.frames is not None:
             ax.imshow(spec.frames[i], extent=(x, x + width, y + height, y), zorder=0, interpolation="nearest")
-        ax.text(x, y - 0.03, spec.series[i], fontsize=8, va="bottom")
-    _cells(ax, spec, m.x, m.y, m.z, m.bad)
+        ax.text(x, y - 0.03, spec.series[i], fontsize=min(8, rcParams["font.size"]), va="bottom")
+        if spec.words is not None:
+            _words(ax, spec, i, x, y, m.size)
+    if spec.words is None or spec.frames is None:
+        _cells(ax, spec, m.x, m.y, m.z, m.bad)
     ax.set(xlim=(0, m.width), ylim=(m.height, 0), aspect="equal")
     ax.set_axis_off()
+
+
+def _words(ax: Axes, spec: FigureSpec, i: int, x: float, y: float, size: tuple[float, float]) -> None:
+    """The word of every token of frame i, fainter where its value (a probability) is small."""
+    assert spec.words is not None
+    _, rows, cols = spec.values.shape
+    for r in range(rows):
+        for c in range(cols):
+            p, word = float(spec.values[i, r, c]), spec.words[i][r][c]
+            if np.isfinite(p) and word:
+                box = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "pad": 0.7}
+                place = x + (c + 0.5) * size[0] / cols, y + (r + 0.5) * size[1] / rows
+                shade = (1.0, 1.0, 1.0, 0.55 + 0.45 * min(1.0, max(0.0, p)))
+                ax.text(*place, word, ha="center", va="center", size="small", color=shade, bbox=box, zorder=2)
 
 
 def _table(ax: Axes, spec: FigureSpec) -> None:
@@ -206,7 +310,10 @@ def _table(ax: Axes, spec: FigureSpec) -> None:
             cellText=shown, colLabels=list(spec.columns), loc="upper left", cellLoc="left", edges="horizontal"
         )
         table.auto_set_font_size(False)
-        table.set_fontsize(8)
+        table.set_fontsize(min(8, rcParams["font.size"]))
+        for cell in table.get_celld().values():
+            cell.set_linewidth(0.6)
+        table.auto_set_column_width(list(range(len(spec.columns))))
 
 
 def _cells(ax: Axes, spec: FigureSpec, x: Any, y: Any, z: Any, bad: Any, *, bar: bool = True) -> None:
@@ -221,8 +328,8 @@ def _cells(ax: Axes, spec: FigureSpec, x: Any, y: Any, z: Any, bad: Any, *, bar:
             zorder=2,
         )
     figure = ax.get_figure()
-    assert isinstance(figure, Figure)
-    if not bar:
+    assert isinstance(figure, FigureBase)
+    if not bar or not spec.unit:  # without a unit the colours mean nothing by themselves
         return
     shrink = 0.8 if spec.kind == "strip" else 1.0
     figure.colorbar(
@@ -246,4 +353,6 @@ _PLAN: dict[str, tuple[Callable[[Axes, FigureSpec], None], Callable[[FigureSpec]
     "heat": (_heat, lambda s: (6.8, float(np.clip(1.4 + 0.24 * len(s.series), 2.6, 9.0)))),
     "strip": (_strip, _strip_size),
     "table": (_table, lambda s: (max(5.0, 1.5 * len(s.columns)), 1.2 + 0.24 * min(61, len(s.rows)))),
+    "barh": (_barh, lambda s: (6.4, 1.2 + 0.28 * s.values.size)),
+    "graph": (_graph, lambda s: (9.0, 6.4)),
 }

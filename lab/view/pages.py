@@ -59,17 +59,19 @@ def report(
     answer: Answer | None = None,
     pictures: Mapping[str, Any] | None = None,
     frames: Any = None,
+    across: Sequence[int] = (),
 ) -> Path:
     """Writes the page and returns its path.
 
     intro     paragraphs, separated by an empty line
     pictures  heading -> uint8 [frame, height, width, 3] or [height, width, 3]
     frames    the same pictures below every strip Result that has as many frames
+    across    how many figures stand side by side in each line; what is left over stands one below the other
     Raises UsageError for pictures that are none, or a path that cannot be written.
     """
     given = [results] if isinstance(results, Result | FigureSpec) else list(results)
     parts = [_answer(answer), *(_pictures(name, p) for name, p in (pictures or {}).items())]
-    parts += [_figure(i, one, frames) for i, one in enumerate(given, 1)]
+    parts += _in_lines([_figure(i, one, frames) for i, one in enumerate(given, 1)], across)
     recipes = [r.recipe for r in given if isinstance(r, Result) and r.recipe]
     unique = [r for i, r in enumerate(recipes) if r not in recipes[:i]]
     parts += [_recipe(i, r) for i, r in enumerate(unique, 1)]
@@ -97,6 +99,16 @@ def _page(title: str, intro: str, body: str) -> str:
 <script>{script}</script>
 </body></html>
 """
+
+
+def _in_lines(figures: list[str], across: Sequence[int]) -> list[str]:
+    out: list[str] = []
+    for n in across:
+        line, figures = figures[:n], figures[n:]
+        out.append(
+            f'<div class="line" style="--across:{n}">{"".join(line)}</div>' if n > 1 else "".join(line)
+        )
+    return out + figures
 
 
 def _answer(a: Answer | None) -> str:
@@ -214,6 +226,9 @@ def table_of(spec: FigureSpec) -> tuple[list[str], list[list[str]]]:
     if spec.kind == "table":
         return list(spec.columns), [list(r) for r in spec.rows]
     write = _writer(spec.masked())
+    if spec.kind == "graph":
+        links = [[a, b, write(w)] for a, row in zip(spec.series, spec.values, strict=True) for b, w in zip(spec.series, row, strict=True) if w > 0]  # fmt: skip
+        return ["From", "To", spec.unit], links
     if spec.kind == "strip":
         summaries = [[write(v) for v in _summary(f)] for f in spec.masked()]
         return ["Frame", "Mean", "Lowest", "Highest"], _labelled(spec.series, summaries)

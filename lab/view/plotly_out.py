@@ -25,7 +25,9 @@ CONFIG: dict[str, Any] = {
     "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "select2d", "lasso2d", "autoScale2d"],
 }
 PATTERNS = ("", "/", "x", ".")  # bars stay apart without colour
-BOTH_THEMES = "#747a80"  # text that stands out against JupyterLab's white and its dark background alike (4.3 : 1)
+BOTH_THEMES = (
+    "#747a80"  # text that stands out against JupyterLab's white and its dark background alike (4.3 : 1)
+)
 THUMBNAIL = 240  # pixels of the longer side of a frame below a strip
 
 
@@ -54,7 +56,9 @@ class Figure(go.Figure):
 def to_plotly(spec: FigureSpec) -> Figure:
     """The figure as plotly draws it."""
     fig = Figure()
-    draw = {"lines": _lines, "bars": _bars, "heat": _heat, "strip": _strip, "table": _table}
+    draw = {
+        "lines": _lines, "bars": _bars, "barh": _barh, "heat": _heat, "strip": _strip, "table": _table, "graph": _graph,
+    }  # fmt: skip
     draw[spec.kind](fig, spec)
     fig.update_layout(
         template="none",
@@ -92,6 +96,7 @@ def _lines(fig: Figure, spec: FigureSpec) -> None:
     if spec.reference is not None:
         fig.add_hline(y=spec.reference, line={"color": "#888", "width": 1, "dash": "dot"})
     _x_axis(fig, spec)
+    _logarithmic(fig, spec)
     if not any(isinstance(c, str) for c in spec.x):
         fig.update_xaxes(unifiedhovertitle={"text": f"{_safe(spec.x_label)} %{{x}}"})
     for mark in spec.marks:
@@ -257,6 +262,73 @@ def _strip_hover(spec: FigureSpec, shape: tuple[int, int]) -> NDArray[Any]:
     return shown
 
 
+def _logarithmic(fig: Figure, spec: FigureSpec) -> None:
+    if "x" in spec.log:
+        fig.update_xaxes(type="log")
+    if "y" in spec.log:
+        fig.update_yaxes(type="log")
+
+
+def _barh(fig: Figure, spec: FigureSpec) -> None:
+    names = [_safe(str(x)) for x in spec.x]
+    for i, (group, row) in enumerate(zip(spec.series, spec.masked(), strict=True)):
+        reach = None
+        if spec.low is not None and spec.high is not None:
+            reach = {
+                "type": "data",
+                "symmetric": False,
+                "array": spec.high[i] - row,
+                "arrayminus": row - spec.low[i],
+            }
+        fig.add_trace(
+            go.Bar(
+                x=row,
+                y=names,
+                orientation="h",
+                name=_safe(group),
+                marker={"color": stroke(i).colour},
+                error_x=reach,
+            )
+        )
+    fig.update_xaxes(
+        title=_safe(spec.unit), type="log" if spec.log else "linear", range=None if spec.log else spec.limits
+    )
+    fig.update_yaxes(autorange="reversed", automargin=True)
+    fig.update_layout(
+        height=int(np.clip(150 + 26 * spec.values.size, 240, 900)), showlegend=len(spec.series) > 1
+    )
+
+
+def _graph(fig: Figure, spec: FigureSpec) -> None:
+    """Nodes at their places; a link's width goes with its number, and all links of a node are one trace."""
+    assert spec.places is not None
+    weight, at = spec.masked(), spec.places
+    for i, name in enumerate(spec.series):
+        ends = np.flatnonzero(weight[i] > 0)
+        x = [v for j in ends for v in (at[i, 0], at[j, 0], None)]
+        y = [v for j in ends for v in (at[i, 1], at[j, 1], None)]
+        line = {"color": "rgba(120,130,140,0.35)", "width": 1}
+        fig.add_trace(
+            go.Scatter(
+                x=x, y=y, mode="lines", line=line, hoverinfo="skip", name=_safe(name), showlegend=False
+            )
+        )
+    uses = [
+        f"{name}: imports {int((weight[i] > 0).sum())}, imported by {int((weight[:, i] > 0).sum())}"
+        for i, name in enumerate(spec.series)
+    ]
+    colours = [stroke(0).colour if m else "#b9c0c7" for m in spec.marked]
+    fig.add_trace(
+        go.Scatter(
+            x=at[:, 0], y=at[:, 1], mode="markers+text", text=[_safe(n) for n in spec.series], textposition="bottom center",
+            hovertext=[_safe(u) for u in uses], hoverinfo="text", marker={"size": 13, "color": colours}, showlegend=False,
+        )
+    )  # fmt: skip
+    fig.update_xaxes(visible=False)
+    fig.update_yaxes(visible=False)
+    fig.update_layout(height=640)
+
+
 def _table(fig: Figure, spec: FigureSpec) -> None:
     columns = [list(c) for c in zip(*spec.rows, strict=True)] if spec.rows else [[] for _ in spec.columns]
     header = {"values": [_safe(c) for c in spec.columns], "align": "left"}
@@ -270,7 +342,7 @@ def _cells(spec: FigureSpec, z: NDArray[Any], places: dict[str, Any], shown: Any
     lo, hi = spec.limits or (0.0, 1.0)
     return go.Heatmap(
         z=z, **places, customdata=shown, hovertemplate=hover, zmin=lo, zmax=hi, colorscale=_scale(spec),
-        hoverongaps=False, colorbar=_colorbar(spec),
+        hoverongaps=False, colorbar=_colorbar(spec), showscale=bool(spec.unit),
     )  # fmt: skip
 
 

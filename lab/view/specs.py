@@ -8,6 +8,8 @@ Both back ends draw from the same FigureSpec, so the picture in the notebook and
     (frame, row, col)                         strip   token heat over the frames
     on request: one or two axes               bars    like lines, where nothing lies between two coordinates
     anything else                             table
+
+On request: barh (lying bars, one per coordinate of the last axis, or groups of them) and graph (who points at whom, by places).
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from numpy.typing import NDArray
 from lab.errors import UsageError
 from lab.result import Result
 
-Kind = Literal["lines", "bars", "heat", "strip", "table"]
-KINDS: tuple[Kind, ...] = ("lines", "bars", "heat", "strip", "table")
+Kind = Literal["lines", "bars", "barh", "heat", "strip", "table", "graph"]
+KINDS: tuple[Kind, ...] = ("lines", "bars", "barh", "heat", "strip", "table", "graph")
 AVERAGED = ("item", "seed")  # axes a figure averages over
 MAX_CURVES = 8
 LABELS = {
@@ -66,15 +68,19 @@ class Mark:
 class FigureSpec:
     """One figure.
 
-    values   lines and bars [curve, x], heat [y, x], strip [frame, row, col]; nan and infinities still in it
-    low, high   interval of lines and bars, same shape
-    series   names of the curves (lines, bars), labels of the rows (heat), labels of the frames (strip)
-    x        coordinates along x (lines, bars, heat)
+    values   lines and bars [curve, x], barh [group, bar], heat [y, x], strip [frame, row, col], graph [from, to]; nan and
+             infinities still in it
+    low, high   interval of lines, bars and barh, same shape
+    series   names of the curves (lines, bars), groups (barh), nodes (graph), labels of the rows (heat) or frames (strip)
+    x        coordinates along x (lines, bars, heat), names of the bars (barh)
+    log      axes of lines and barh that are logarithmic: "", "x", "y" or "xy"
+    words    strip: a text on every token, nested like the values
+    places   graph: where the nodes stand, [node, (x, y)] in 0..1; marked: the nodes that are filled
     limits   ends of the value axis (None: the back end's choice) or of the colour scale
     reference   the value that means "nothing happened": a line across the panel
     y_up     heat: first row at the bottom
     marks    lines: what happened where
-    frames   strip: pictures below the heat, uint8 [frame, height, width, 3]
+    frames   strip: pictures below the heat, uint8 [frame, height, width, 3]; across: frames in a line
     columns, rows   table
     reading  one sentence that says what stands out; alt: the figure in words
     """
@@ -95,8 +101,13 @@ class FigureSpec:
     y_up: bool = False
     marks: tuple[Mark, ...] = ()
     frames: NDArray[np.uint8] | None = None
+    across: int = 8
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
+    log: Literal["", "x", "y", "xy"] = ""
+    words: tuple[tuple[tuple[str, ...], ...], ...] | None = None
+    places: NDArray[Any] | None = None
+    marked: tuple[bool, ...] = ()
     caption: str = ""
     reading: str = ""
     alt: str = ""
@@ -139,7 +150,9 @@ def figure_spec(
         result = result.mean(axis)
     if kind is not None and kind not in KINDS:
         raise UsageError(f"no figure kind {kind!r}; the kinds are {', '.join(KINDS)}")
-    makers = {"lines": _lines, "bars": _bars, "heat": _heat, "strip": _strip, "table": _table}
+    makers = {
+        "lines": _lines, "bars": _bars, "barh": _barh, "heat": _heat, "strip": _strip, "table": _table, "graph": _graph,
+    }  # fmt: skip
     make = makers[kind or kind_of(result)]
     spec = make(result)
     spec = replace(
@@ -262,6 +275,30 @@ def _table(r: Result) -> FigureSpec:
     )
 
 
+def _barh(r: Result) -> FigureSpec:
+    if len(r.axes) not in (1, 2):
+        raise UsageError(
+            f"bars need one or two axes, the result has {len(r.axes)}: {r.axes}; select or average first"
+        )
+    spec, last = _lines(r), r.axes[-1]
+    names = tuple(text(c) for c in r.coords[last])
+    return replace(spec, kind="barh", x=names, x_label=label(last), reference=r.baseline)
+
+
+def _graph(r: Result) -> FigureSpec:
+    """`notes["places"]` says where every node stands, `notes["marked"]` which are filled."""
+    places = np.asarray(r.notes.get("places", []), float)
+    if len(r.axes) != 2 or r.shape[0] != r.shape[1] or places.shape != (r.shape[0], 2):
+        raise UsageError(
+            f"a graph needs as many rows as columns and a place for each node, got {r.shape} and {places.shape}"
+        )
+    names = tuple(text(c) for c in r.coords[r.axes[0]])
+    marked = tuple(bool(m) for m in r.notes.get("marked", [False] * len(names)))
+    return FigureSpec(
+        "graph", "", r.unit, values=r.values, series=names, x=names, places=places, marked=marked
+    )
+
+
 def _few_names(r: Result, numeric: bool) -> bool:
     return not numeric and r.shape[0] <= MAX_CURVES
 
@@ -358,7 +395,8 @@ def _reading(r: Result, spec: FigureSpec) -> str:
 
 def _alt(spec: FigureSpec) -> str:
     what = {
-        "lines": "Line chart", "bars": "Bar chart", "heat": "Heat map", "strip": "Heat over video frames", "table": "Table",
+        "lines": "Line chart", "bars": "Bar chart", "barh": "Bar chart", "heat": "Heat map", "strip": "Heat over video frames",
+        "table": "Table", "graph": "Graph",
     }[spec.kind]  # fmt: skip
     size = {
         "lines": f"{len(spec.series)} curve{'s' * (len(spec.series) != 1)} over {spec.x_label.lower()}: {', '.join(spec.series)}",
@@ -366,6 +404,8 @@ def _alt(spec: FigureSpec) -> str:
         "heat": f"{spec.y_label.lower()} by {spec.x_label.lower()}, {' by '.join(str(n) for n in spec.values.shape)} cells",
         "strip": " by ".join(str(n) for n in spec.values.shape) + " tokens (frames, rows, columns)",
         "table": f"{len(spec.rows)} rows",
+        "barh": f"{spec.values.size} bars by {spec.x_label.lower()}: {', '.join(str(x) for x in spec.x)}",
+        "graph": f"{len(spec.series)} nodes, {int((spec.masked() > 0).sum())} links",
     }[spec.kind]
     return " ".join(f"{what}: {spec.title} ({spec.unit}); {size}. {spec.reading} {spec.caption}".split())
 
@@ -398,10 +438,10 @@ class Mosaic:
     height: float
 
 
-def mosaic(spec: FigureSpec, *, per_row: int = 8, gap: float = 0.06, head: float = 0.2) -> Mosaic:
-    """Lays the frames of a strip out, `per_row` to a line, with room for a label of height `head` above each line."""
+def mosaic(spec: FigureSpec, *, gap: float = 0.06, head: float = 0.2) -> Mosaic:
+    """Lays the frames of a strip out, `spec.across` to a line, with room for a label of height `head` above each line."""
     n, rows, cols = spec.values.shape
-    wide = max(1, min(n, per_row))
+    wide = max(1, min(n, spec.across))
     lines = -(-n // wide)
     tall = rows / cols if spec.frames is None else spec.frames.shape[1] / spec.frames.shape[2]
     corners = tuple(((i % wide) * (1 + gap), (i // wide) * (tall + head) + head) for i in range(n))
