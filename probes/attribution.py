@@ -34,6 +34,8 @@ from lab.adapters.captum_players import Coalitions, ablation, infidelity, occlus
 from lab.errors import LabWarning, UsageError
 from lab.items import load_items
 from lab.model.ready import Ready
+from lab.patch.alike import same_tokens
+from lab.patch.doors import unlike
 from lab.patch.metrics import answers_of
 from lab.recipe import ItemsSpec, ModelSpec, Recipe
 from lab.result import Result
@@ -41,7 +43,7 @@ from lab.runs import Cancel, progress
 from lab.slots import plan_of
 from probes import against as corrupting
 from probes.knockout import load_spec
-from probes.video_grid import grid_shape, merged, painted, players_of, pooled
+from probes.video_grid import grid_shape, merged, painted, players_of, pooled, standing
 
 Method = Literal["ig", "gradient_shap", "occlusion", "ablation", "shapley"]
 Output = Literal["logit_diff", "logit", "logprob"]
@@ -322,7 +324,7 @@ def _replaced(case: _Case) -> tuple[np.ndarray, list[str] | None, dict[str, Any]
     match what.method:
         case "occlusion":
             strides = [max(1, b // 2) for b in what.block]
-            values = occlusion(game, grid_shape(case.tokens), what.block, strides).reshape(-1)
+            values = occlusion(game, standing(case.tokens), what.block, strides)
         case "ablation":
             values = ablation(game)
         case _:
@@ -510,7 +512,11 @@ def _baselines(
     found = [
         corrupting.corrupted(model, r, a, n_frames, mechanisms) for r, a in zip(ready, each, strict=True)
     ]
-    return [f if isinstance(f, Ready | Tensor) else _ready(model, f, n_frames, mechanisms) for f in found]
+    made = [f if isinstance(f, Ready | Tensor) else _ready(model, f, n_frames, mechanisms) for f in found]
+    return [
+        m if isinstance(m, Tensor) else same_tokens(model, {"question": r, "baseline": m})["baseline"]
+        for r, m in zip(ready, made, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -531,7 +537,11 @@ def _base_door(model: Any, ready: Ready, other: Any, forward: Forward) -> Any:
         refuse_zero(model, other)
         return replace(forward.door, embeds=embeds)
     door, maps = arrived(model, other)
-    if door.embeds.shape != forward.embeds.shape:
+    if door.embeds.shape == forward.embeds.shape:
+        why = unlike({"the question": forward.maps[0], "the baseline": maps[0]})
+        if why:
+            raise UsageError(why)
+    else:
         raise UsageError(
             f"the baseline has {len(maps[0])} positions and the question {len(forward.maps[0])}; attributions need one for "
             "one: the same number of frames and equally long texts"

@@ -28,7 +28,7 @@ def attribution_patch(worlds: Any, source: str, into: str, score: Score, *, site
     layers = layers_with(worlds.model, site, None)
     names = {hook_name(site, layer): layer for layer in layers}
     deep = _deep(worlds, source, into) if site in STATE else []
-    later = {hook_name("resid_pre", i + 1) for i in range(len(deep))}
+    later = {hook_name("resid_post", i) for i in range(len(deep))}  # the gradient is that of what is added to it
     held: Held = {}
     with torch.no_grad():
         worlds.forward([source], (), held, "last", {n: [source] for n in names})
@@ -42,7 +42,7 @@ def attribution_patch(worlds: Any, source: str, into: str, score: Score, *, site
     out = {layer: _effect(held, name, source, into, found[name]) for name, layer in names.items()}
     for layer in out:
         for i in range(layer, len(deep)):  # what a state brings along (see `lab.patch.edits.take`)
-            grad = found.get(hook_name("resid_pre", i + 1))
+            grad = found.get(hook_name("resid_post", i))
             out[layer] = out[layer] + (0.0 if grad is None else (deep[i] * grad[0]).sum(-1))
     return out
 
