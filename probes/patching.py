@@ -42,8 +42,6 @@ By = Literal["frame", "role", "head"]
 CLEAN, CORRUPTED = "clean", "corrupted"
 PATHS = ("video->question+option", "video->last", "question+option->last", "last->last")
 
-NEAR = 0.5  # nats; where both worlds answer alike, and so near, a share of the way says little
-
 
 class PatchingRecipe(Recipe):
     """A patching grid. `items` are simulated or from a file; see `patching` for the fields."""
@@ -135,7 +133,8 @@ def patching(
     into      "corrupted": clean values restore the clean answer; "clean": corrupted values undo it
     against   the corrupted world: "twin", "reversed", "blank", "noise", "mean" (see `probes.against`), or one world per
               item (VideoQA, Ready); None: "twin" where every item has one, else "reversed"
-    metric    "recovered", "logit_diff", "probability" (of the source world's answer), "flip"
+    metric    "recovered" (nan, with the reason in `notes["worlds"]`, where both worlds score alike), "logit_diff",
+              "probability" (of the source world's answer), "flip"
     executor  "fast" runs only rows that can change, from stored runs; "reference" one forward a cell
     out       folder for a journal (with a recipe): an interrupted grid goes on where it stopped
 
@@ -384,13 +383,9 @@ def _row(model: Any, key: str, worlds: Worlds, setup: Setup, grid: Any, scored: 
         "score": {setup.source: score.end, setup.into: score.start}, "reason": worlds.reason,
         "score_is": "logit difference" if score.theirs != score.own else "log probability (both worlds answer alike)",
     }  # fmt: skip
-    alike = score.theirs == score.own and abs(score.end - score.start) < NEAR
-    if setup.metric == "recovered" and alike:
-        warnings.warn(
-            f"both worlds answer {_text(model, score.own)!r}, {abs(score.end - score.start):.2g} nats apart: shares of so "
-            "small a way can be of any size; use another world or metric='logit_diff'",
-            LabWarning, stacklevel=2,
-        )  # fmt: skip
+    if score.lost:
+        notes["nan"] = score.lost
+        warnings.warn(f"{key}: {score.lost}", LabWarning, stacklevel=2)
     spent = worlds.ledger + Ledger(2, 2, model.tower_calls - calls)
     return _Row(key, columns, values.tolist(), notes, spent)
 

@@ -223,7 +223,10 @@ def test_values_that_are_the_same_in_both_worlds_cost_nothing() -> None:
     text = [[take(WAY, layers=layer, role="before-video")] for layer in range(LAYERS)]
     got = worlds.evaluate(text, into="corrupted")
     assert away(got, worlds.run()[1]) <= TOL and worlds.ledger.forwards == 2, "the stored runs alone"
-    later = [take(WAY, layers=0, role="video", frame=0), take(WAY, layers=2, role="before-video+video", frame=1)]
+    later = [
+        take(WAY, layers=0, role="video", frame=0),
+        take(WAY, layers=2, role="before-video+video", frame=1),
+    ]
     fast, slow = (worlds.evaluate([later], into="corrupted", executor=e) for e in ("fast", "reference"))
     assert away(fast, slow) <= TOL
 

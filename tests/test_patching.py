@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lab.edges.policy import Policy
-from lab.errors import UsageError
+from lab.errors import LabWarning, UsageError
 from lab.runs import Cancel, Cancelled
 from lab.sim.planted import planted_model, questions
 from probes import patching as probe
@@ -137,6 +137,21 @@ def test_every_family(name: str) -> None:
     assert np.ptp(path.values) > 1e-6
     found = attribution_patching(model, x, metric="logit_diff", exact=False, show_progress=False)
     assert np.isfinite(found.values).all() and "against_exact" not in found.notes
+
+
+def test_where_both_worlds_score_alike_there_is_no_share() -> None:
+    with pytest.warns(LabWarning, match="the same answer, and 0 nats apart"):
+        alike = quiet(planted(), ITEMS, by="role", against=ITEMS)
+    assert np.isnan(alike.values).all() and all(
+        "no share" in w["nan"] for w in alike.notes["worlds"].values()
+    )
+    with pytest.warns(LabWarning, match="no share"):
+        some = quiet(planted(), ITEMS, by="role", against=[ITEMS[0], ITEMS[1].twin])
+    assert np.isnan(some.values[0]).all() and np.isfinite(some.values[1]).all()
+    assert "nan" not in some.notes["worlds"][ITEMS[1].id]
+    assert np.array_equal(some.mean("item").values, some.values[1]), "the mean is over those that have one"
+    diff = quiet(planted(), ITEMS, by="role", against=ITEMS, metric="logit_diff")
+    assert np.ptp(diff.values, (1, 2)).max() <= 1e-5, "a difference there always is"
 
 
 def test_an_interrupted_grid_goes_on(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,16 @@ def with_sampler(model: Any, ready: Ready, plan: Plan) -> Ready:
     return replace(held[1], plan=ready.plan)
 
 
+def _check_frames(model: Any, n_frames: int | None) -> None:
+    """Before so many are decoded: two frames make at least one token in every family."""
+    n_ctx = model.cfg.n_ctx
+    if n_ctx and (n_frames or 0) > 2 * n_ctx:
+        raise UsageError(
+            f"n_frames={n_frames:,} makes at least {(n_frames or 0) // 2:,} positions, the model was made for {n_ctx:,}; take "
+            "fewer frames"
+        )
+
+
 def _check_context(model: Any, tokens: TokenMap) -> None:
     """Text that fills the model's context alone is a mistake; a video that reaches beyond it may be meant."""
     n, n_ctx = len(tokens), model.cfg.n_ctx
@@ -86,6 +96,10 @@ def _check_context(model: Any, tokens: TokenMap) -> None:
     if text > n_ctx:
         raise PromptError(
             f"the text has {text:,} tokens, the model was made for {n_ctx:,} positions; shorten it"
+        )
+    if n > FAR * n_ctx:
+        raise PromptError(
+            f"the prompt has {n:,} positions, more than {FAR} times the {n_ctx:,} that the model was made for; take fewer frames"
         )
     warnings.warn(
         f"the prompt has {n:,} positions, the model was made for {n_ctx:,}; answers may mean nothing: take fewer frames",

@@ -28,7 +28,9 @@ def attribution_patch(worlds: Any, source: str, into: str, score: Score, *, site
     layers = layers_with(worlds.model, site, None)
     names = {hook_name(site, layer): layer for layer in layers}
     deep = _deep(worlds, source, into) if site in STATE else []
-    later = {hook_name("resid_post", i) for i in range(len(deep))}  # the gradient is that of what is added to it
+    later = {
+        hook_name("resid_post", i) for i in range(len(deep))
+    }  # the gradient is that of what is added to it
     held: Held = {}
     with torch.no_grad():
         worlds.forward([source], (), held, "last", {n: [source] for n in names})
