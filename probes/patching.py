@@ -218,10 +218,12 @@ def path_patching(
 def attribution_patching(
     model: Any, items: Any, *, by: By | Sequence[str] = "frame", site: str = "resid_pre", role: str | None = None,
     into: str = CORRUPTED, against: Any = None, metric: Metric = "recovered", n_frames: int = 8, policy: Any = None,
-    mechanisms: Sequence[Any] = (), exact: bool = True, cancel: Cancel | None = None, show_progress: bool = True,
+    mechanisms: Sequence[Any] = (), steps: int = 1, exact: bool = True, cancel: Cancel | None = None, show_progress: bool = True,
 ) -> Result:  # fmt: skip
     """The grid of `patching`, estimated from one backward pass an item.
 
+    steps   1: the gradient of the world patched; more: its mean over so many points on the way between the two worlds,
+            one backward pass each (integrated), which follows saturating effects better
     exact   also compute the exact grid and report, in `notes["against_exact"]`, the correlation, the slope and the mean
             and largest absolute error over all cells
     Raises UsageError for metric "flip", which has no gradient.
@@ -235,7 +237,7 @@ def attribution_patching(
     found: list[tuple[Any, Any]] = []
 
     def grid(worlds: Worlds, score: Score) -> tuple[list[Any], Any]:
-        effect = attribution_patch(worlds, setup.source, into, score, site=site)
+        effect = attribution_patch(worlds, setup.source, into, score, site=site, steps=steps)
         columns = _columns(worlds, by, site, role, setup)
         tokens, item = worlds.tokens(into), worlds.ready[into].item
         layers = sorted(effect)
@@ -253,7 +255,7 @@ def attribution_patching(
         )
     )
     axis = by if isinstance(by, str) else "role"
-    notes = {"site": site, "by": by, **({"against_exact": _error(found)} if exact else {})}
+    notes = {"site": site, "by": by, "steps": steps, **({"against_exact": _error(found)} if exact else {})}
     return _result(rows, axis, setup, "attribution patching", notes, None)
 
 

@@ -112,6 +112,17 @@ def test_attribution_patching_says_how_wrong_it_is() -> None:
         attribution_patching(planted(), ITEMS, metric="flip", show_progress=False)
 
 
+def test_more_steps_estimate_better_where_one_end_is_flat() -> None:
+    """The planted heads are near one-hot: at one end their gradient says little of the way to the other."""
+    how = {"by": "role", "metric": "logit_diff", "show_progress": False}
+    one, many = (attribution_patching(planted(), ITEMS, steps=n, **how) for n in (1, 16))
+    errors = [r.notes["against_exact"] for r in (one, many)]
+    assert errors[1]["mean_abs"] < 0.8 * errors[0]["mean_abs"] and many.notes["steps"] == 16
+    assert errors[1]["pearson"] > errors[0]["pearson"]
+    with pytest.raises(UsageError, match="at least 1, got 0"):
+        attribution_patching(planted(), ITEMS, steps=0, show_progress=False)
+
+
 def test_other_worlds_than_twins() -> None:
     for against in ("reversed", "blank", "noise", "mean"):
         found = quiet(planted(), ITEMS[0], by=["video"], against=against)
