@@ -1,6 +1,6 @@
 """Trains `tiny`, the bundled model: a small LLaVA-OneVision that says which way a shape moves.
 
-    python -m lab.learn.tiny --out runs/tiny             # 40 minutes on one busy core
+    python -m lab.learn.tiny --out runs/tiny             # two and a half hours on one core
     python -m lab.learn.tiny --out runs/tiny --resume    # continue after an interruption
 
 Stages, each ended by a number: the video first, with the answer word supervised at the `?`; then matching a word to its
@@ -54,11 +54,23 @@ def _five(tasks: TaskBatches) -> list[Stage]:
     few = {"worlds": 1, "counts": 8, "rough": 0.3}
     spoil = Spoil(shuffled=0.15, blank=0.03)
     last = partial(tasks.mixed, every=8, lists=3, hints=0, rough=0.6, wide=True, spoil=spoil, counts=4)
+    mixed = partial(
+        tasks.mixed, every=8, worlds=1, counts=10, hints=0, rough=0.6, wide=True,
+        spoil=spoil, spoil_counts=Spoil(shuffled=0.55, blank=0.03),
+    )  # fmt: skip
+    mostly = partial(
+        tasks.mixed, every=8, worlds=1, counts=12, hints=0, rough=0.5, wide=True,
+        spoil=spoil, spoil_counts=Spoil(shuffled=0.8, blank=0.03),
+    )  # fmt: skip
     return [
         Stage("five tasks", partial(tasks.mixed, every=4, rough=0.3, easy=0.7), ("ask_acc", 0.9), 1231),
         Stage("count", partial(tasks.mixed, every=6, easy=0.7, **few), ("ask_acc", 0.9), 1500),
         Stage("whole count", partial(tasks.mixed, every=6, **few), ("ask_acc", 0.95), 677),
         Stage("five settle", last, ("letter_acc", 2.0), 1400, peak=8e-4, decay=True),
+        Stage("unordered counts", mixed, ("letter_acc", 2.0), 700, peak=6e-4, decay=True),
+        Stage("unordered counts again", mixed, ("letter_acc", 2.0), 1500, peak=8e-4, decay=True),
+        Stage("mostly unordered counts", mostly, ("letter_acc", 2.0), 1000, peak=8e-4, decay=True),
+        Stage("counts settle", mixed, ("letter_acc", 2.0), 350, peak=4e-4, decay=True),
     ]
 
 

@@ -128,13 +128,14 @@ class TaskBatches:
         rough: float = 0.5,
         wide: bool = False,
         spoil: Spoil | None = None,
+        spoil_counts: Spoil | None = None,
         counts: int | None = None,
         **how: Any,
     ) -> list[Batch]:
         """One batch a task: answer word at the `?`, open answer, `lists` option lists answered by letter.
 
         Before `hints` further lists the answer is written out after the `?`. rough, wide: see `tiny_data.Batches`;
-        counts: worlds of object_count, where they are not as many as of the other tasks; how: handed to `draw`.
+        counts, spoil_counts: of object_count, where they are not those of the other tasks; how: handed to `draw`.
         """
         rng = np.random.default_rng((self.seed, 5, step))
         made: list[Batch] = []
@@ -144,7 +145,8 @@ class TaskBatches:
             n = counts if counts and task == "object_count" else worlds
             drawn = [self.draw(task, rng, stem, wide, **how) for _ in range(n)]
             clips = [roughen(rng, c) if rng.random() < rough else shrink(c) for c, _ in drawn]
-            clips = [spoil(rng, c) for c in clips] if spoil else clips
+            damage = spoil_counts if spoil_counts and task == "object_count" else spoil
+            clips = [damage(rng, c) for c in clips] if damage else clips
             questions = list(zip(*(asked for _, asked in drawn), strict=True))
             parts = self._parts(rng, questions, lists, hints, wide)
             made.append(replace(pack(parts, to_pixels(np.stack(clips))), name=task))
