@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lab.adapters.captum import Attribution, complete_gradients, layer_integrated_gradients
 from lab.adapters.captum_pixels import Pixels
+from lab.adapters.captum_players import infidelity
 from lab.errors import UsageError
 from lab.model.ready import Ready
 from probes.attributed import Case, share_off
-from probes.video_grid import grid_shape, merged, painted, pooled
+from probes.video_grid import grid_shape, merged, painted, players_of, pooled
 
 
 def by_gradients(case: Case) -> tuple[np.ndarray, list[str] | None, dict[str, Any]]:

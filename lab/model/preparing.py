@@ -19,6 +19,7 @@ from lab.slots import Plan
 from lab.video import read as read_video
 
 N_FRAMES = 8
+FAR = 16  # times the positions a model was made for: nobody means so long a prompt
 
 
 def prepare(
@@ -28,11 +29,12 @@ def prepare(
     """Video -> frames -> pixels; question -> spans -> ids. The frames default to 8 uniform ones.
 
     Raises VideoError for an unreadable video, PromptError for a prompt whose tokens cannot be given roles,
-    UsageError without a tokenizer.
+    UsageError without a tokenizer, and for more frames than the model's positions could hold.
     """
     tokenizer = model.need_tokenizer()
     if n_frames is None and fps is None and index is None:
         n_frames = N_FRAMES
+    _check_frames(model, n_frames)
     frames = read_video(item.video, n_frames=n_frames, fps=fps, index=index, clip=item.clip)
     if plan.sampler is not None:
         frames = plan.sampler(frames, item.question)

@@ -52,7 +52,8 @@ def attribution_patch(
     for layer in out:
         for i in range(layer, len(deep)):  # what a state brings along (see `lab.patch.edits.take`)
             grad = found.get(hook_name("resid_post", i))
-            out[layer] = out[layer] + (0.0 if grad is None else (deep[i] * grad).sum(-1)).float().cpu()
+            if grad is not None:
+                out[layer] = out[layer] + (deep[i] * grad).sum(-1).float().cpu()
     return out
 
 
