@@ -187,7 +187,8 @@ def verdict(parts: Sequence[Part]) -> list[str]:
 
 def _path(readable: tuple[int, ...], flipped: tuple[int, ...]) -> list[str]:
     """Linear probes against patching: in the video first, at the last position afterwards."""
-    video, last = (a <= b for a, b in ((readable[0], flipped[0]), (flipped[0], readable[1] + 1)))
+    # probes read what leaves a layer, patches replace what enters it
+    video, last = readable[0] < flipped[0], flipped[0] <= readable[1] + 1
     return [
         f"{_yes(video)}: direction is readable in the video (from layer {readable[0]}) {'before' if video else 'only after'} the "
         f"video stops deciding the answer (layer {flipped[0]}).",

@@ -4,7 +4,7 @@
 
 "tiny" is the bundled model on a simulated question and its twin. The others are random LLaVA-OneVisions of 16 layers
 (d 512, 8 heads, 2 of keys, MLP 2,048) on Map-the-Flow's layout: 8 frames of 144 tokens or 16 of 196 and 115 of text.
-Their tower is given the share of a forward that LLaVA-OneVision 7B's has, about a fifth.
+Their tower takes a quarter of a forward: LLaVA-OneVision 7B's has a fifth of the operations and a third of the time.
 Every cell takes one frame's stream of the clean world into the corrupted one, at one layer's end (resid_post) or
 entrance (resid_pre). The fast time contains the stored runs of both worlds. Naive is one forward per cell with one hook
 under SDPA: `ratio`. Only some cells, spread over the grid, are timed, half before and half after the fast run, and their

@@ -212,9 +212,8 @@ class _Trainer:
             segment = torch.zeros(door.embeds.shape[:2], dtype=torch.long)
             for row, (i, start) in enumerate(zip(chosen, before, strict=True)):
                 segment[row, start:] = self.segments[i]
-            attend = Gated(
-                *(g.to(door.embeds) for g in (thrown, relaxed)), segment.to(door.embeds.device), before
-            )
+            here = door.embeds
+            attend = Gated(thrown.to(here), relaxed.to(here), segment.to(here.device), before)
             resid, side = decode(model, door, Run(attend=attend))
             return model.read(resid, side, "last")[:, 0].float().log_softmax(-1).cpu()
 
