@@ -455,3 +455,22 @@ def test_evaluate_refuses_other_worlds_and_nothing() -> None:
         worlds.evaluate([[]], into="corrupted", executor="slow")
     got = worlds.evaluate([[take(WAY, site="pattern", layers=1)]], into="corrupted")
     assert worlds.reason == "scores and patterns are edited" and got.shape == (1, 256)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
+def test_a_whole_grid_in_double_precision(name: str) -> None:
+    """Layers x frames from stored runs against one whole forward a cell."""
+    model = wrap(build(name).double())
+    model.hf.requires_grad_(False)
+    given = {
+        w: {k: v.double() if v.is_floating_point() else v for k, v in x.items()} for w, x in two(name).items()
+    }
+    worlds = Worlds.of(model, **given)
+    frames = range(worlds.tokens("clean").n_frames)
+    for site in ("resid_pre", "resid_post"):
+        cells = [
+            [take(WAY, site=site, layers=i, role="video", frame=f)] for i in range(LAYERS) for f in frames
+        ]
+        fast, slow = (worlds.evaluate(cells, into="corrupted", executor=e) for e in ("fast", "reference"))
+        assert worlds.reason == "" and fast.dtype == torch.float64
+        assert away(fast, slow) <= 1e-12 < 1e-3 < away(slow, worlds.run()[1])
