@@ -38,12 +38,13 @@ MOSTLY = 0.75  # of the items: the lens must prefer the right word to the twin's
 class Part:
     """One probe's answer.
 
-    asks      the question's name: "readable", "flipped", "spoken", "valued", "cut"
+    asks      the question's name: "readable", "flipped", "spoken", "valued", "cut"; title: over its picture
     layers    1-based (first, last) between which it places what it found; () if it names none
     frames    the two frames it picks, ascending; () if it names none
     """
 
     asks: str
+    title: str
     result: Result
     sentence: str
     layers: tuple[int, ...] = ()
@@ -77,7 +78,7 @@ def readable(model: Any, items: Sequence[Any], *, show: bool = True) -> list[Par
     first, then = since.values()
     return [
         Part(
-            "readable", found,
+            "readable", "Linear probes for the direction", true,
             f"Direction is linearly readable {said}; always saying the commonest gives {chance:.0%}, shuffled labels at most "
             f"{control:.0%}.",
             layers=(first, then) if first and then else (),
@@ -99,15 +100,21 @@ def flipped(model: Any, items: Sequence[Any], *, show: bool = True) -> list[Part
         + (f", in half or more up to layer {until}" if until else "")
         + (
             f"; taking the last position alone does so from layer {since} on." if since <= n
-            else "; what the last position has before any layer does not: the answer reaches it in the last layers."
+            else "; replacing the last position alone does so in none: the answer reaches it only in the last layers."
         )
     )  # fmt: skip
     each = frames.mean("item").values[0]
     best = _two(each)
     more = f"Of single frames, {best[0]} and {best[1]} carry most where they enter the decoder ({each[best[0]]:.0%} and {each[best[1]]:.0%} of the way)."
     return [
-        Part("flipped", roles, said, layers=(until, min(since, n)) if until else ()),
-        Part("flipped", frames, more, frames=best),
+        Part(
+            "flipped",
+            "The twin's values in the stream, by role",
+            roles,
+            said,
+            layers=(until, min(since, n)) if until else (),
+        ),
+        Part("flipped", "The twin's values in the stream, by frame", frames, more, frames=best),
     ]
 
 
@@ -125,13 +132,14 @@ def spoken(model: Any, items: Sequence[Any], *, show: bool = True) -> list[Part]
     said = (
         f"On video tokens the lens finds the right direction's word more probable than the twin's in {above[best]:.0%} of the items "
         f"at best (layer {best + 1}; {HALF:.0%} is chance), with a probability of {top:.1%} at most: "
-        + (
-            "it reads the answer there."
-            if top >= SPOKEN
-            else "what is there is not in the words of the answer."
-        )
+        + ("it reads the answer there." if heard else "what is there is not in the words of the answer.")
     )
-    return [Part("spoken", found, said, layers=(best + 1, best + 1) if heard else ())]
+    shown = replace(
+        found, values=np.stack([right, wrong], 1), axes=("item", "word", "layer"), notes={"ledger": found.notes["ledger"]},
+        coords={"item": found.coords["item"], "word": ["the right word", "the twin's word"], "layer": found.coords["layer"]},
+    )  # fmt: skip
+    layers = (best + 1, best + 1) if heard else ()
+    return [Part("spoken", "Logit lens on video tokens", shown, said, layers=layers)]
 
 
 def valued(model: Any, items: Sequence[Any], *, show: bool = True) -> list[Part]:
@@ -143,7 +151,7 @@ def valued(model: Any, items: Sequence[Any], *, show: bool = True) -> list[Part]
         f"Attribution picks frames {best[0]} and {best[1]} ({worth[best[0]] / total:.0%} and {worth[best[1]] / total:.0%} of the "
         f"answer's lead over the twin's); the first and the last together are worth {(worth[0] + worth[-1]) / total:.0%}."
     )
-    return [Part("valued", found, said, frames=best)]
+    return [Part("valued", "What each frame is worth", found, said, frames=best)]
 
 
 def cut(model: Any, items: Sequence[Any], *, window: int = 3, show: bool = True) -> list[Part]:
@@ -158,6 +166,7 @@ def cut(model: Any, items: Sequence[Any], *, window: int = 3, show: bool = True)
     return [
         Part(
             "cut",
+            f"Edges knocked out, {window} layers at a time",
             found,
             f"Knock-out (windows of {window} layers) picks {said}.",
             layers=(min(named), max(named)),
@@ -193,7 +202,7 @@ def _path(readable: tuple[int, ...], flipped: tuple[int, ...]) -> list[str]:
         f"{_yes(video)}: direction is readable in the video (from layer {readable[0]}) {'before' if video else 'only after'} the "
         f"video stops deciding the answer (layer {flipped[0]}).",
         f"{_yes(last)}: it is readable at the last position (from layer {readable[1]}) {'where or after' if last else 'while'} the "
-        f"video {'stops' if last else 'still goes on'} deciding, and patching that position decides from layer {flipped[1]}.",
+        f"video {'stops' if last else 'still goes on'} deciding.",
     ]  # fmt: skip
 
 
@@ -241,5 +250,5 @@ def _two(values: Array) -> tuple[int, int]:
 
 
 def named(part: Part) -> Result:
-    """The part's Result under a title that says which question it answers."""
-    return replace(part.result, name=f"{part.asks}: {part.result.name}")
+    """The part's Result under the part's title."""
+    return replace(part.result, name=part.title)

@@ -17,7 +17,7 @@ NOTHING = Result(np.zeros(1), ("layer",), {"layer": [1]}, "nothing", {})
 
 
 def part(asks: str, layers: tuple[int, ...] = (), frames: tuple[int, ...] = ()) -> Part:
-    return Part(asks, NOTHING, "", layers, frames)
+    return Part(asks, "", NOTHING, "", layers, frames)
 
 
 def test_the_parts_say_what_was_planted() -> None:
