@@ -323,3 +323,15 @@ def test_stores_that_do_not_fit_are_made_again(planted):
 
 def test_budget_defaults_are_the_published_ones():
     assert (Budget().kl, Budget().flips, Budget().forwards) == (0.02, 0.03, 80.0)
+
+
+def test_another_process_finds_its_way_in_the_journal(planted, tmp_path, monkeypatch):
+    """Sets have another order where hashes differ, as they do in every process; a finished journal answers all the same."""
+    model, readies = planted("plain")
+    how = {"budget": {"flips": 0.9}, "finer": (), "out": tmp_path, "show_progress": False}
+    one = search(model, readies[:3], **how)
+    lines = len((tmp_path / "journal.jsonl").read_text().splitlines())
+    monkeypatch.setattr(Unit, "__hash__", lambda u: hash(repr(u)[::-1]))
+    again = search(model, readies[:3], **how)
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == lines
+    assert again.policy == one.policy and np.array_equal(again.trail.values, one.trail.values)

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from math import fsum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -259,7 +260,7 @@ class Searcher:
         self.spent = Ledger()
         self.stopped = ""
         self._weights: dict[Unit, float] = {}
-        self.total = sum(map(self.weight, self.units))
+        self.total = fsum(map(self.weight, self.units))
         n, b = len(trials), asked.budget
         self.most_flips = max(0, most_hits(b.flips, n, b.confidence))
 
@@ -427,8 +428,9 @@ class Searcher:
         b, now = self.asked.budget, self.effect
         if share is None:
             undecided = {u for u in self.units if self._open(u) and u not in self.rejected}
-            rest = sum(map(self.weight, undecided - set(units)))
-            mine = sum(map(self.weight, units))
+            # exact sums: sets have no order of their own, and limits name entries of the journal
+            rest = fsum(map(self.weight, undecided - set(units)))
+            mine = fsum(map(self.weight, units))
             share = min(1.0, SLACK * mine / max(mine + rest, 1e-9))
         spare = max(0.0, b.kl - now.bounds(b.confidence)[0])
         floor = FLOOR * b.kl / max(1, self.n_layers)
@@ -484,8 +486,8 @@ class Searcher:
 
     def kept(self, cut: Iterable[Unit], only: Callable[[Unit], bool] = lambda u: True) -> float:
         """Share of edges left, by the paper's rule."""
-        total = sum(self.weight(u) for u in self.units if only(u))
-        return 1.0 - sum(self.weight(u) for u in disjoint(cut) if only(u)) / max(total, 1e-9)
+        total = fsum(self.weight(u) for u in self.units if only(u))
+        return 1.0 - fsum(self.weight(u) for u in disjoint(cut) if only(u)) / max(total, 1e-9)
 
     def kept_units(self) -> dict[Unit, float]:
         """The finest units that were tried and kept, with the least mean KL seen when they were cut."""
