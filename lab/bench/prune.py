@@ -145,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out, model = Path(args.out), load(args.model)
     found = searches(model, args, out)
     policy, trail = found["seed 0"]
+    for name, f in found.items():  # at once: the evaluation takes long
+        f.policy.save(out / f"{name.replace(' ', '-')}.yaml")
     taken = [i for seed in range(args.seeds) for i in calibration(args.tasks, args.calibration, seed)]
     tested = holdout(args.tasks, args.holdout, taken)
     every = max(1, len(ladder(policy, trail)) // RUNGS)
@@ -178,8 +180,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, r in pictures.items():
         save(r, out / f"{name}.png", **DRAWN[name])
     proven(policy, told).save(out / "policy.yaml")
-    for name, f in found.items():
-        f.policy.save(out / f"{name.replace(' ', '-')}.yaml")
     write(out / "report.json", {
         "setting": setting(model.device), "args": vars(args), "verdict": verdict(told, trail),
         "searches": {n: _search(f) for n, f in found.items()}, "overlap": pictures["overlap"].values.tolist() if "overlap" in pictures else None,
