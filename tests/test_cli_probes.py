@@ -12,10 +12,9 @@ import pytest
 
 from lab.cli import main as cli
 from lab.cli.probing import _layers
-from lab.errors import PromptError, UsageError
+from lab.errors import LabWarning, PromptError, UsageError
 from lab.model.preparing import _check_context
 from lab.result import Result
-from tests import shelf_models
 
 ITEMS = '{"sim": "moving_direction", "n": 2, "seed": 4}'
 
@@ -209,8 +208,21 @@ def test_what_cannot_be_patched_is_one_line(args: list[str], why: str, tmp_path:
     assert not list(tmp_path.rglob("result*"))
 
 
+class _Long:
+    """A prompt of 400 positions, of which 10 are text."""
+
+    def __len__(self) -> int:
+        return 400
+
+    def where(self, **which: Any) -> range:
+        return range(390)
+
+
 def test_a_prompt_far_beyond_the_context_is_refused() -> None:
-    tokens = shelf_models.model(layers=1).prepare(shelf_models.question()).maps[0]
-    small = SimpleNamespace(cfg=SimpleNamespace(n_ctx=(len(tokens) - 1) // 16))
-    with pytest.raises(PromptError, match="more than 16 times"):
-        _check_context(small, tokens)
+    def model(n_ctx: int) -> Any:
+        return SimpleNamespace(cfg=SimpleNamespace(n_ctx=n_ctx))
+
+    with pytest.raises(PromptError, match="400 positions, more than 16 times the 24"):
+        _check_context(model(24), _Long())  # type: ignore[arg-type]
+    with pytest.warns(LabWarning, match="answers may mean nothing"):
+        _check_context(model(25), _Long())  # type: ignore[arg-type]
