@@ -236,6 +236,20 @@ def test_wrong_scores_cost_trials_not_answers(planted):
     assert all(share_cut(policy, readies[0], e) == 0 for e in TRUTH["plain"].matters)
 
 
+def test_scores_made_anew_under_what_is_cut(planted):
+    """Scores that say nothing are replaced after the first layer by real ones; the policy is the same, the cost is told."""
+    model, readies = planted("plain")
+    blank = hand_made(readies[:2], [])
+    once = search(model, readies[:2], scores=blank, **QUICK)
+    anew = search(model, readies[:2], scores=blank, relinearise=1, **QUICK)
+    assert anew.policy.id == once.policy.id and once.trail.notes["relinearised"] == 0
+    assert anew.trail.notes["relinearised"] == 3
+    assert anew.trail.notes["forwards_per_item"] - once.trail.notes["forwards_per_item"] > 3
+    for bad, said in (({"relinearise": -1}, "counts layers"), ({"relinearise": 1}, "goes with scores=")):
+        with pytest.raises(UsageError, match=said):
+            search(model, readies[:2], show_progress=False, **bad)
+
+
 def test_unvalidated_scores_are_refused(planted):
     model, readies = planted("plain")
     unchecked = replace(hand_made(readies, CIRCUIT), notes={})
