@@ -266,8 +266,9 @@ def search_gates(
     limit, done = Budget.of(budget), list[tuple[float, ...]]()
 
     def holds(units: set[Unit]) -> bool:
-        effect = trials.effect(units)
-        ok = _within(effect, limit)
+        effect = trials.effect(units, lambda e: _hopeless(e, limit))
+        ok = effect.whole and not _hopeless(effect, limit)
+        ok = ok and mean_bound(effect.kl, limit.confidence) <= limit.kl
         done.append((float(ok), effect.mean_kl, float(effect.n_flips), float(len(units))))
         return ok
 
@@ -308,8 +309,8 @@ def _ordered(model: Any, gates: Result) -> list[Unit]:
     return [unit for _, unit in sorted(found)]
 
 
-def _within(effect: Effect, budget: Budget) -> bool:
-    """Whether the bounds of KL and flips stay inside the budget, as in `lab.edges.search`."""
+def _hopeless(effect: Effect, budget: Budget) -> bool:
+    """Whether KL or flips are beyond the budget, whatever the samples still to come say."""
     n = len(effect.kl)
     flips = max(0, most_hits(budget.flips, n, budget.confidence))
-    return effect.n_flips <= flips and mean_bound(effect.kl, budget.confidence) <= budget.kl
+    return effect.n_flips > flips or float(np.nansum(effect.kl)) > budget.kl * n
