@@ -41,8 +41,6 @@ By = Literal["frame", "role", "head"]
 CLEAN, CORRUPTED = "clean", "corrupted"
 PATHS = ("video->question+option", "video->last", "question+option->last", "last->last")
 
-NEAR = 0.5  # nats; where both worlds answer alike, and so near, a share of the way says little
-
 
 class PatchingRecipe(ProbeRecipe):
     """A patching grid; see `patching` for the fields."""
@@ -130,7 +128,8 @@ def patching(
     into      "corrupted": clean values restore the clean answer; "clean": corrupted values undo it
     against   the corrupted world: "twin", "reversed", "blank", "noise", "mean" (see `probes.against`), or one world per
               item (VideoQA, Ready); None: "twin" where every item has one, else "reversed"
-    metric    "recovered", "logit_diff", "probability" (of the source world's answer), "flip"
+    metric    "recovered" (nan, with the reason in `notes["worlds"]`, where both worlds score alike), "logit_diff",
+              "probability" (of the source world's answer), "flip"
     executor  "fast" runs only rows that can change, from stored runs; "reference" one forward a cell
     out       folder for a journal (with a recipe): an interrupted grid goes on where it stopped
 
@@ -214,10 +213,12 @@ def path_patching(
 def attribution_patching(
     model: Any, items: Any, *, by: By | Sequence[str] = "frame", site: str = "resid_pre", role: str | None = None,
     into: str = CORRUPTED, against: Any = None, metric: Metric = "recovered", n_frames: int = 8, policy: Any = None,
-    mechanisms: Sequence[Any] = (), exact: bool = True, cancel: Cancel | None = None, show_progress: bool = True,
+    mechanisms: Sequence[Any] = (), steps: int = 1, exact: bool = True, cancel: Cancel | None = None, show_progress: bool = True,
 ) -> Result:  # fmt: skip
     """The grid of `patching`, estimated from one backward pass an item.
 
+    steps   1: the gradient of the world patched; more: its mean over so many points on the way between the two worlds,
+            one backward pass each (integrated), which follows saturating effects better
     exact   also compute the exact grid and report, in `notes["against_exact"]`, the correlation, the slope and the mean
             and largest absolute error over all cells
     Raises UsageError for metric "flip", which has no gradient.
@@ -231,7 +232,7 @@ def attribution_patching(
     found: list[tuple[Any, Any]] = []
 
     def grid(worlds: Worlds, score: Score) -> tuple[list[Any], Any]:
-        effect = attribution_patch(worlds, setup.source, into, score, site=site)
+        effect = attribution_patch(worlds, setup.source, into, score, site=site, steps=steps)
         columns = _columns(worlds, by, site, role, setup)
         tokens, item = worlds.tokens(into), worlds.ready[into].item
         layers = sorted(effect)
@@ -249,7 +250,7 @@ def attribution_patching(
         )
     )
     axis = by if isinstance(by, str) else "role"
-    notes = {"site": site, "by": by, **({"against_exact": _error(found)} if exact else {})}
+    notes = {"site": site, "by": by, "steps": steps, **({"against_exact": _error(found)} if exact else {})}
     return _result(rows, axis, setup, "attribution patching", notes, None)
 
 
@@ -379,13 +380,9 @@ def _row(model: Any, key: str, worlds: Worlds, setup: Setup, grid: Any, scored: 
         "score": {setup.source: score.end, setup.into: score.start}, "reason": worlds.reason,
         "score_is": "logit difference" if score.theirs != score.own else "log probability (both worlds answer alike)",
     }  # fmt: skip
-    alike = score.theirs == score.own and abs(score.end - score.start) < NEAR
-    if setup.metric == "recovered" and alike:
-        warnings.warn(
-            f"both worlds answer {_text(model, score.own)!r}, {abs(score.end - score.start):.2g} nats apart: shares of so "
-            "small a way can be of any size; use another world or metric='logit_diff'",
-            LabWarning, stacklevel=2,
-        )  # fmt: skip
+    if score.lost:
+        notes["nan"] = score.lost
+        warnings.warn(f"{key}: {score.lost}", LabWarning, stacklevel=2)
     spent = worlds.ledger + Ledger(2, 2, model.tower_calls - calls)
     return _Row(key, columns, values.tolist(), notes, spent)
 

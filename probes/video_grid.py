@@ -26,6 +26,14 @@ def grid_shape(tokens: Any) -> tuple[int, int, int]:
     )
 
 
+def standing(tokens: Any) -> Bool[Tensor, "frame row col"]:
+    """Where on the grid a token stands: everywhere, unless a mechanism dropped some."""
+    video = tokens.where(role="video")
+    out = torch.zeros(grid_shape(tokens), dtype=torch.bool)
+    out[tokens.frame[video], tokens.row[video], tokens.col[video]] = True
+    return out
+
+
 def painted(tokens: Any, values: Float[Tensor, " pos"]) -> np.ndarray:
     """Values of positions on [frame, row, col]; nan where no token stands."""
     video = tokens.where(role="video")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 
 from lab.cli import main as cli
 from lab.cli.probing import _layers
-from lab.errors import UsageError
+from lab.errors import LabWarning, PromptError, UsageError
+from lab.model.preparing import _check_context
 from lab.result import Result
 
 ITEMS = '{"sim": "moving_direction", "n": 2, "seed": 4}'
@@ -124,3 +126,103 @@ def test_wrong_words_are_one_line(
     code, _, err = vlab(capsys, *args, "--items", ITEMS)
     assert code == 2 and said in err and "Traceback" not in err
     assert not list(tmp_path.rglob("result*"))
+
+
+# ---- patch and attribute --------------------------------------------------------------------------------------------
+
+
+def test_patch_writes_and_run_gives_it_again(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "patch"
+    how = ["--items", ITEMS, "--by", "role", "--into", "clean", "--metric", "flip", "--window", "2"]
+    code, said, _ = vlab(capsys, "patch", *how, "-o", str(folder), "--json")
+    data = json.loads(said)
+    assert code == 0 and {Path(f).name for f in data["files"]} >= {
+        "result.npz",
+        "report.html",
+        "flow.png",
+        "recipe.yaml",
+    }
+    found = Result.load(folder / "result.npz")
+    assert (
+        found.axes == ("item", "layer", "role") and found.shape[:2] == (2, 8) and found.notes["window"] == 2
+    )
+    assert set(np.unique(found.values)) <= {0.0, 1.0} and not list(folder.rglob("journal*"))
+    assert data["ledger"]["forwards"] < data["ledger"]["naive"]
+    code, said, _ = vlab(capsys, "run", str(folder / "recipe.yaml"), "--json")
+    assert code == 0 and json.loads(said)["max_difference"] == 0
+
+
+def test_patch_at_heads_and_against_another_video(tmp_path: Path, capsys: Any) -> None:
+    items = '{"sim": "object_count", "n": 1}'
+    asked = ["--by", "head", "--site", "z", "--role", "last", "--against", "blank", "--metric", "logit_diff"]
+    code, said, _ = vlab(capsys, "patch", "--items", items, *asked, "-o", str(tmp_path))
+    found = Result.load(tmp_path / "result.npz")
+    assert code == 0 and "forward-equivalents in place of" in said
+    assert (
+        found.axes == ("item", "layer", "head")
+        and found.notes["against"] == "blank"
+        and np.isfinite(found.values).all()
+    )
+
+
+def test_attribute_paints_the_first_item(tmp_path: Path, capsys: Any) -> None:
+    code, _, _ = vlab(capsys, "attribute", "--items", ITEMS, "-o", str(tmp_path), "--json")
+    found = Result.load(tmp_path / "result.npz")
+    assert code == 0 and found.axes == ("item", "frame") and found.shape == (2, 8)
+    worth = found.notes["items"]
+    for key, values in zip(found.coords["item"], found.values, strict=True):
+        assert values.sum() == pytest.approx(worth[key]["f"] - worth[key]["f_baseline"], abs=1e-3)
+    assert "data:image/png" in (tmp_path / "report.html").read_text()
+    code, said, _ = vlab(capsys, "run", str(tmp_path / "recipe.yaml"), "--json")
+    assert code == 0 and json.loads(said)["max_difference"] <= 1e-6
+
+
+def test_attribute_by_gradients_at_a_layer(tmp_path: Path, capsys: Any) -> None:
+    items = '{"sim": "moving_direction", "n": 1}'
+    how = ["--method", "ig", "--at", "resid_pre", "--layer", "3", "--output", "logprob", "--against", "blank"]
+    code, _, err = vlab(capsys, "attribute", "--items", items, *how, "-o", str(tmp_path))
+    found = Result.load(tmp_path / "result.npz")
+    assert code == 0, err
+    assert found.axes == ("item", "frame", "row", "col") and found.notes["at"] == "resid_pre, layer 3"
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["patch", "--by", "patch"], "by: "), (["patch", "--site", "rezid"], "no site 'rezid'"),
+        (["patch", "--into", "twin"], "patch into 'corrupted'"),
+        (["patch", "--role", "vidoe"], "closest: video"),
+        (["patch", "--against", "nobody"], "against='nobody'"), (["patch", "--by", "head"], "has no heads"),
+        (["attribute", "--method", "magic"], "method"), (["attribute", "--players", "pixels"], "players='pixels'"),
+        (["attribute", "--at", "resid_pre", "--layer", "9", "--method", "ig"], "layers 1..8"),
+        (["attribute", "--against", "noise"], "noise is no baseline"),
+        (["lens", "--frames", "100000"], "at least 50,000 positions, the model was made for 1,024"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_patched_is_one_line(args: list[str], why: str, tmp_path: Path, capsys: Any) -> None:
+    code, said, error = vlab(capsys, *args, "--items", ITEMS, "-o", str(tmp_path / "out"))
+    lines = [
+        line for line in error.splitlines() if line.startswith("vlab: ") and not line.startswith("vlab: note")
+    ]
+    assert code in (2, 3) and said == "" and why in error and len(lines) == 1 and "Traceback" not in error
+    assert not list(tmp_path.rglob("result*"))
+
+
+class _Long:
+    """A prompt of 400 positions, of which 10 are text."""
+
+    def __len__(self) -> int:
+        return 400
+
+    def where(self, **which: Any) -> range:
+        return range(390)
+
+
+def test_a_prompt_far_beyond_the_context_is_refused() -> None:
+    def model(n_ctx: int) -> Any:
+        return SimpleNamespace(cfg=SimpleNamespace(n_ctx=n_ctx))
+
+    with pytest.raises(PromptError, match="400 positions, more than 16 times the 24"):
+        _check_context(model(24), _Long())  # type: ignore[arg-type]
+    with pytest.warns(LabWarning, match="answers may mean nothing"):
+        _check_context(model(25), _Long())  # type: ignore[arg-type]

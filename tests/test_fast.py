@@ -303,3 +303,19 @@ def test_written_out_attention_says_what_the_kernel_says(monkeypatch):
         assert (z - z2).abs().max() <= 1e-6
         real = lse2 > float("-inf")
         assert torch.equal(lse > float("-inf"), real) and (lse[real] - lse2[real]).abs().max() <= 1e-5
+
+
+def test_rows_side_by_side_read_causally_with_and_without_the_kernel(monkeypatch):
+    g = torch.Generator().manual_seed(3)
+    q = torch.randn(2, 3, 70, 8, generator=g)
+    k, v = (torch.randn(2, 70, 8, generator=g) for _ in range(2))
+    scores = (q @ k[:, None].transpose(2, 3) * 0.25).masked_fill(
+        ~torch.ones(70, 70).tril().bool(), -torch.inf
+    )
+    wanted, wanted_lse = scores.softmax(-1) @ v[:, None], scores.logsumexp(-1)
+    for kernel in (packed._CPU_KERNEL, None):
+        monkeypatch.setattr(packed, "_CPU_KERNEL", kernel)
+        for cells in (packed.SCORE_CELLS, 70 * 6 * 16):  # whole, and in blocks of 16 rows
+            monkeypatch.setattr(packed, "SCORE_CELLS", cells)
+            z, lse = packed.causal(q, k, v, 0.25)
+            assert float((z - wanted).abs().max()) <= 1e-5 and float((lse - wanted_lse).abs().max()) <= 1e-5

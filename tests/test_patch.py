@@ -14,13 +14,15 @@ import torch
 from lab.adapters.nnsight import tracing
 from lab.adapters.transformer_lens import bridge
 from lab.edges.policy import Policy
-from lab.errors import RunError, UsageError
+from lab.errors import UsageError
+from lab.mechanisms.differential_token_drop import DifferentialTokenDrop
 from lab.model.zoo import wrap
 from lab.patch import Worlds, mean, noise, take
 from lab.patch.gradients import attribution_patch
 from lab.patch.metrics import Score
 from lab.patch.paths import head_path, token_path
 from lab.slots import Plan
+from tests import shelf_models
 from tests.families import FAMILIES, LAYERS, build, inputs
 from tests.test_slots import Filling, Route
 
@@ -176,11 +178,57 @@ def test_mechanisms_take_worlds_one_by_one(name: str) -> None:
         cells = [[take(WAY, layers=2, role="video", frame=1)], []]
         got = worlds.evaluate(cells, into="corrupted")
         assert worlds.reason and away(got[1], clean[1, -1]) == 0.0 < away(got[0], clean[1, -1])
-        with pytest.raises(RunError, match="take from each other"):
-            worlds.run([take(WAY), take("corrupted -> clean")])
+        changed = worlds.run([take(WAY, layers=0), take("corrupted -> clean", layers=0)])
+        assert away(changed, clean.flip(0)) <= TOL, "worlds change places"
     worlds = Worlds.of(model, mechanisms=[route], **given)
     dropped = worlds.run([take(WAY, site="mlp_out", layers=1, positions=[1])])
     assert away(dropped, worlds.run()) == 0.0, "layer 2 never saw that row"
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl"])
+def test_worlds_that_take_from_each_other_one_by_one(name: str) -> None:
+    """A detour that takes all rows through changes nothing but that worlds run one at a time: the numbers are the same."""
+    given = two(name)
+    given["shadow"] = given["corrupted"]
+    whole = Filling(Plan(detours=(Route(torch.arange(given["clean"]["input_ids"].shape[1])),)))
+    batched = Worlds.of(model_of(name), **given)
+    parted = Worlds.of(model_of(name), mechanisms=[whole], **given)
+    assert parted.one_by_one and not batched.one_by_one
+    path = token_path(WAY, "video", "last", layers=[1, 2, 3])
+    assert away(parted.run(path), batched.run(path)) <= TOL < away(batched.run(path), batched.run())
+
+
+def test_tokens_dropped_by_content_are_dropped_in_both_worlds() -> None:
+    """The first world's choice: everything taken is then the other world on the same tokens; alone they cannot be carried."""
+    model, drop = shelf_models.model(layers=3), DifferentialTokenDrop(ratio=0.4)
+    item = shelf_models.question()
+    twin = shelf_models.question(seed=1, moving=False)
+    worlds = Worlds.of(model, clean=item, corrupted=twin, mechanisms=[drop])
+    maps = [worlds.arrive(w)[1] for w in worlds.names]
+    assert torch.equal(maps[0].source, maps[1].source) and len(maps[0]) < len(worlds.tokens("clean"))
+    own = model.prepare(twin, mechanisms=[drop])
+    assert not torch.equal(model.arrive(own)[1][0].source, maps[0].source), "it would have chosen others"
+    clean = worlds.run()
+    with torch.no_grad():
+        alone = model(model.prepare(item, mechanisms=[drop]))
+    assert away(clean[0], alone[0]) == 0.0 < away(clean[1], clean[0])
+    assert away(worlds.run([take(WAY, layers=0)])[1], clean[0]) <= TOL
+    cells = [[take(WAY, layers=1, role="video", frame=f)] for f in range(3)]
+    fast, slow = (worlds.evaluate(cells, into="corrupted", executor=e) for e in ("fast", "reference"))
+    assert worlds.reason == "" and away(fast, slow) <= TOL
+
+
+def test_values_that_are_the_same_in_both_worlds_cost_nothing() -> None:
+    worlds = Worlds.of(model_of("internvl"), **two("internvl"))
+    text = [[take(WAY, layers=layer, role="before-video")] for layer in range(LAYERS)]
+    got = worlds.evaluate(text, into="corrupted")
+    assert away(got, worlds.run()[1]) <= TOL and worlds.ledger.forwards == 2, "the stored runs alone"
+    later = [
+        take(WAY, layers=0, role="video", frame=0),
+        take(WAY, layers=2, role="before-video+video", frame=1),
+    ]
+    fast, slow = (worlds.evaluate([later], into="corrupted", executor=e) for e in ("fast", "reference"))
+    assert away(fast, slow) <= TOL
 
 
 # ---- other values ---------------------------------------------------------------------------------------------------
@@ -407,3 +455,22 @@ def test_evaluate_refuses_other_worlds_and_nothing() -> None:
         worlds.evaluate([[]], into="corrupted", executor="slow")
     got = worlds.evaluate([[take(WAY, site="pattern", layers=1)]], into="corrupted")
     assert worlds.reason == "scores and patterns are edited" and got.shape == (1, 256)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
+def test_a_whole_grid_in_double_precision(name: str) -> None:
+    """Layers x frames from stored runs against one whole forward a cell."""
+    model = wrap(build(name).double())
+    model.hf.requires_grad_(False)
+    given = {
+        w: {k: v.double() if v.is_floating_point() else v for k, v in x.items()} for w, x in two(name).items()
+    }
+    worlds = Worlds.of(model, **given)
+    frames = range(worlds.tokens("clean").n_frames)
+    for site in ("resid_pre", "resid_post"):
+        cells = [
+            [take(WAY, site=site, layers=i, role="video", frame=f)] for i in range(LAYERS) for f in frames
+        ]
+        fast, slow = (worlds.evaluate(cells, into="corrupted", executor=e) for e in ("fast", "reference"))
+        assert worlds.reason == "" and fast.dtype == torch.float64
+        assert away(fast, slow) <= 1e-12 < 1e-3 < away(slow, worlds.run()[1])

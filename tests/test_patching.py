@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lab.edges.policy import Policy
-from lab.errors import UsageError
+from lab.errors import LabWarning, UsageError
 from lab.runs import Cancel, Cancelled
 from lab.sim.planted import planted_model, questions
 from probes import patching as probe
@@ -112,6 +112,17 @@ def test_attribution_patching_says_how_wrong_it_is() -> None:
         attribution_patching(planted(), ITEMS, metric="flip", show_progress=False)
 
 
+def test_more_steps_estimate_better_where_one_end_is_flat() -> None:
+    """The planted heads are near one-hot: at one end their gradient says little of the way to the other."""
+    how = {"by": "role", "metric": "logit_diff", "show_progress": False}
+    one, many = (attribution_patching(planted(), ITEMS, steps=n, **how) for n in (1, 16))
+    errors = [r.notes["against_exact"] for r in (one, many)]
+    assert errors[1]["mean_abs"] < 0.8 * errors[0]["mean_abs"] and many.notes["steps"] == 16
+    assert errors[1]["pearson"] > errors[0]["pearson"]
+    with pytest.raises(UsageError, match="at least 1, got 0"):
+        attribution_patching(planted(), ITEMS, steps=0, show_progress=False)
+
+
 def test_other_worlds_than_twins() -> None:
     for against in ("reversed", "blank", "noise", "mean"):
         found = quiet(planted(), ITEMS[0], by=["video"], against=against)
@@ -137,6 +148,21 @@ def test_every_family(name: str) -> None:
     assert np.ptp(path.values) > 1e-6
     found = attribution_patching(model, x, metric="logit_diff", exact=False, show_progress=False)
     assert np.isfinite(found.values).all() and "against_exact" not in found.notes
+
+
+def test_where_both_worlds_score_alike_there_is_no_share() -> None:
+    with pytest.warns(LabWarning, match="the same answer, and 0 nats apart"):
+        alike = quiet(planted(), ITEMS, by="role", against=ITEMS)
+    assert np.isnan(alike.values).all() and all(
+        "no share" in w["nan"] for w in alike.notes["worlds"].values()
+    )
+    with pytest.warns(LabWarning, match="no share"):
+        some = quiet(planted(), ITEMS, by="role", against=[ITEMS[0], ITEMS[1].twin])
+    assert np.isnan(some.values[0]).all() and np.isfinite(some.values[1]).all()
+    assert "nan" not in some.notes["worlds"][ITEMS[1].id]
+    assert np.array_equal(some.mean("item").values, some.values[1]), "the mean is over those that have one"
+    diff = quiet(planted(), ITEMS, by="role", against=ITEMS, metric="logit_diff")
+    assert np.ptp(diff.values, (1, 2)).max() <= 1e-5, "a difference there always is"
 
 
 def test_an_interrupted_grid_goes_on(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,20 @@ def test_wrong_scores_cost_trials_not_answers(planted):
     assert all(share_cut(policy, readies[0], e) == 0 for e in TRUTH["plain"].matters)
 
 
+def test_scores_made_anew_under_what_is_cut(planted):
+    """Scores that say nothing are replaced after the first layer by real ones; the policy is the same, the cost is told."""
+    model, readies = planted("plain")
+    blank = hand_made(readies[:2], [])
+    once = search(model, readies[:2], scores=blank, **QUICK)
+    anew = search(model, readies[:2], scores=blank, relinearise=1, **QUICK)
+    assert anew.policy.id == once.policy.id and once.trail.notes["relinearised"] == 0
+    assert anew.trail.notes["relinearised"] == 3
+    assert anew.trail.notes["forwards_per_item"] - once.trail.notes["forwards_per_item"] > 3
+    for bad, said in (({"relinearise": -1}, "counts layers"), ({"relinearise": 1}, "goes with scores=")):
+        with pytest.raises(UsageError, match=said):
+            search(model, readies[:2], show_progress=False, **bad)
+
+
 def test_unvalidated_scores_are_refused(planted):
     model, readies = planted("plain")
     unchecked = replace(hand_made(readies, CIRCUIT), notes={})
@@ -323,3 +337,15 @@ def test_stores_that_do_not_fit_are_made_again(planted):
 
 def test_budget_defaults_are_the_published_ones():
     assert (Budget().kl, Budget().flips, Budget().forwards) == (0.02, 0.03, 80.0)
+
+
+def test_another_process_finds_its_way_in_the_journal(planted, tmp_path, monkeypatch):
+    """Sets have another order where hashes differ, as they do in every process; a finished journal answers all the same."""
+    model, readies = planted("plain")
+    how = {"budget": {"flips": 0.9}, "finer": (), "out": tmp_path, "show_progress": False}
+    one = search(model, readies[:3], **how)
+    lines = len((tmp_path / "journal.jsonl").read_text().splitlines())
+    monkeypatch.setattr(Unit, "__hash__", lambda u: hash(repr(u)[::-1]))
+    again = search(model, readies[:3], **how)
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == lines
+    assert again.policy == one.policy and np.array_equal(again.trail.values, one.trail.values)

@@ -115,24 +115,31 @@ def ablation(game: Coalitions) -> Float[Tensor, " player"]:
 
 
 def occlusion(
-    game: Coalitions, shape: Sequence[int], window: Sequence[int], strides: Sequence[int]
-) -> Tensor:
+    game: Coalitions, present: Bool[Tensor, "frame row col"], window: Sequence[int], strides: Sequence[int]
+) -> Float[Tensor, " player"]:
     """captum's Occlusion: a block of (frames, rows, columns) slides over the video's tokens, which are the players.
 
-    Returns [frame, row, col].
+    present  where on the grid a token stands, in the players' order. Raises UsageError if they are not as many.
     """
     from captum.attr import Occlusion
 
-    if math.prod(shape) != len(game.players):
+    there = present.reshape(-1)
+    if int(there.sum()) != len(game.players):
         raise UsageError(
-            f"occlusion slides over a full grid; {len(game.players)} tokens do not make {tuple(shape)}"
+            f"occlusion slides over a grid of tokens; {len(game.players)} players do not stand on "
+            f"{int(there.sum())} places of {tuple(present.shape)}"
         )
-    size = tuple(min(w, s) for w, s in zip(window, shape, strict=True))
+    size = tuple(min(w, s) for w, s in zip(window, present.shape, strict=True))
     step = tuple(min(s, w) for s, w in zip(strides, size, strict=True))
-    ones = torch.ones(1, *shape)
-    return Occlusion(game).attribute(
+    ones = torch.ones(1, *present.shape)
+
+    def of_cells(cells: Float[Tensor, "row frame row col"]) -> Float[Tensor, " row"]:
+        return game(cells.flatten(1)[:, there])
+
+    found = Occlusion(of_cells).attribute(
         ones, size, step, torch.zeros_like(ones), perturbations_per_eval=game.batch
-    )[0]
+    )
+    return found[0].reshape(-1)[there]
 
 
 def infidelity(

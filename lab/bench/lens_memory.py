@@ -11,7 +11,6 @@ in a plain forward of the same prompt.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+from lab.bench.measuring import setting, write
 from lab.bench.models import Shape, build, inputs
 from lab.model.zoo import wrap
 from probes.lens import words
@@ -72,8 +72,11 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--vocabulary", type=int, default=150_000)
-    found = measure(**vars(parser.parse_args()))
-    print(json.dumps(found, indent=2))
+    parser.add_argument("--out", help="json file; standard output if absent")
+    asked = vars(parser.parse_args())
+    out = asked.pop("out")
+    found = measure(**asked)
+    write(out, {"setting": setting(), **found})
     return int(found["extra"] > LIMIT)
 
 

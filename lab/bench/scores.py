@@ -46,6 +46,8 @@ FRAMES = {
     "frame(q) == frame(k)": lambda d: d == 0,
 }
 
+FORMS = 8  # about so many prompts on which the forms are compared
+
 
 def units_of(names: Sequence[str]) -> list[Cut]:
     """Every kind of pair in the order it can be read, and edges between frames by their distance."""
@@ -73,9 +75,9 @@ def exact(model: Any, ready: Sequence[Ready], units: Sequence[Cut]) -> NDArray[n
     return out
 
 
-def added(table: NDArray[Any], names: Sequence[str], units: Sequence[Cut]) -> NDArray[np.float64]:
-    """[item, layer, unit] sums of a table [item, layer, head, query, key] over the cells of each unit."""
-    heads = np.nansum(table, 2)
+def added(found: Result, units: Sequence[Cut]) -> NDArray[np.float64]:
+    """[item, layer, unit] sums of scores [item, layer, head, query, key] over the cells of each unit."""
+    heads, names = np.nansum(found.values, 2), found.coords["query"]
     out = np.zeros((*heads.shape[:2], len(units)))
     for u, unit in enumerate(units):
         near = FRAMES.get(unit.where or "", lambda d: True)
@@ -92,17 +94,16 @@ def _frame(name: str) -> int:
 
 def forms(model: Any, ready: Sequence[Ready], found: Result) -> dict[str, Any]:
     """Agreement of each form with real cuts of units, over all items, layers and units that have edges."""
-    names = found.coords["query"]
-    units = units_of(names)
+    units = units_of(found.coords["query"])
     real = exact(model, ready, units)
     rows = unit_scores(model, ready, units).values.sum(2)
-    mass = scalars(model, ready).select(scalar="mass").values
+    mass = scalars(model, ready).select(scalar="mass")
     made = {
-        "sum of knock-outs": added(found.values, names, units), "exact in each row": rows,
-        "sum of gates": added(scores(model, ready, form="gate").values, names, units),
-        "sum of reads": added(scores(model, ready, form="read").values, names, units),
-        "GradDrop": added(scores(model, ready, drop=True).values, names, units),
-        "attention mass": -added(mass, names, units),
+        "sum of knock-outs": added(found, units), "exact in each row": rows,
+        "sum of gates": added(scores(model, ready, form="gate"), units),
+        "sum of reads": added(scores(model, ready, form="read"), units),
+        "GradDrop": added(scores(model, ready, drop=True), units),
+        "attention mass": -added(mass, units),
     }  # fmt: skip
     some = np.abs(rows).sum((0, 1)) > 0
     tau = 0.01 * float(np.abs(real).max())
@@ -144,12 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     model = load(said.model)
     ready = [model.prepare(i, 8) for task in said.tasks for i in draw_items(task, said.items, said.seed)]
+    some = range(0, len(ready), max(1, len(ready) // FORMS))  # of every task
     found = validate_scores(model, ready, scores(model, ready), n=said.cells)
     found.save(said.out / "scores.npz")
     save(unit_map(found), said.out / "units.png")
     report = {
         "setting": setting(), "tasks": said.tasks, "items": said.items, "validation": found.notes["validation"],
-        "forms": forms(model, ready[: min(8, len(ready))], found.select(item=found.coords["item"][: min(8, len(ready))])),
+        "forms": forms(model, [ready[i] for i in some], found.select(item=[found.coords["item"][i] for i in some])),
         "cost": cost(model, ready[:4]),
     }  # fmt: skip
     write(said.out / "scores.json", report)

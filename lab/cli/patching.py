@@ -31,7 +31,8 @@ def attribute_items(
     items: str, setting: Setting, layer: int | None, asked: Mapping[str, Any], out: str
 ) -> Reply:
     """An attribution, with the first question's frames painted over."""
-    from probes.attribution import LAYERED, AttributionRecipe
+    from probes.attributed import LAYERED
+    from probes.attribution import AttributionRecipe
 
     place = asked["place"]
     if layer is None and place in LAYERED:

@@ -29,8 +29,10 @@ _SURFACE = {
     "scalars": ("lab.edges.scoring", "scalars"),
     "scores": ("lab.edges.scoring", "scores"),
     "search": ("lab.edges.searching", "search"),
+    "search_gates": ("lab.edges.gates", "search_gates"),
     "segment_mass": ("lab.edges.mass", "segment_mass"),
     "sweep": ("lab.edges.sweeping", "sweep"),
+    "train_gates": ("lab.edges.gates", "train_gates"),
     "unit_scores": ("lab.edges.subsets", "unit_scores"),
     "validate_scores": ("lab.edges.validating", "validate_scores"),
 }
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from lab.edges.evidence import evaluate, overlap
     from lab.edges.found import ladder
     from lab.edges.from_sweep import effective
+    from lab.edges.gates import search_gates, train_gates
     from lab.edges.mass import Mass, segment_mass
     from lab.edges.policy import Policy
     from lab.edges.scoring import scalars, scores
@@ -67,8 +70,10 @@ __all__ = [
     "scalars",
     "scores",
     "search",
+    "search_gates",
     "segment_mass",
     "sweep",
+    "train_gates",
     "unit_scores",
     "validate_scores",
 ]

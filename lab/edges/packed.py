@@ -110,6 +110,8 @@ class Packed:
         heads, worlds, n, d = q.shape
         kv = k.shape[0]
         q = q.reshape(kv, heads // kv, worlds, n, d)
+        if group.cut is None and int(group.rows[-1] - group.rows[0]) == n - 1:
+            return self._unbroken(group, q, k, v, stored_k, stored_v, scale).reshape(heads, worlds, n, d)
         out = torch.empty_like(q)
         # where heads differ, every world has a mask for each of its heads
         masks = 1 if heads_of(group.cut) == 1 else heads * worlds
@@ -118,6 +120,21 @@ class Packed:
             block = slice(start, min(start + size, n))
             out[..., block, :] = self._block(group, block, q[..., block, :], k, v, stored_k, stored_v, scale)
         return out.reshape(heads, worlds, n, d)
+
+    def _unbroken(
+        self, group: Group, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor, scale: float
+    ) -> Tensor:
+        """Rows side by side and not cut: they read one another causally, and all that is stored before them."""
+        kv, g, worlds = q.shape[:3]
+        own, own_lse = causal(q.transpose(1, 2).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale)
+        own = own.unflatten(0, (kv, worlds)).transpose(1, 2)
+        first = int(group.rows[0])
+        if not first:
+            return own
+        old_k, old_v = (t[:, None, :first] for t in (stored_k, stored_v))
+        old, old_lse = attention(q.flatten(1, 2), old_k, old_v, None, scale)
+        own_lse = own_lse.unflatten(0, (kv, worlds)).transpose(1, 2)
+        return merge(own, own_lse, old.unflatten(1, (g, worlds)), old_lse.unflatten(1, (g, worlds)))
 
     def _block(
         self, group: Group, block: slice, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor,
@@ -212,13 +229,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float
     return _one_head(q, k.expand(-1, heads, -1, -1), v.expand(-1, heads, -1, -1), keep, scale)
 
 
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """z and log-sum-exp where every row reads itself and the rows before it.
+
+    q [batch, head, rows, d_head]; k, v [batch, rows, d_head]
+    """
+    heads, n = q.shape[1:3]
+    k, v = (t[:, None].expand(-1, heads, -1, -1) for t in (k, v))
+    kernel = _kernel_for(q)
+    if kernel is not None:
+        return kernel(q, k, v, 0.0, True, scale=scale)
+    size = max(1, SCORE_CELLS // (len(q) * heads * n))
+    done: list[tuple[Tensor, Tensor]] = []
+    for at in range(0, n, size):
+        stop = min(at + size, n)
+        seen = torch.ones(stop - at, stop, dtype=torch.bool, device=q.device).tril(at)[None, None]
+        done.append(_softmax(q[:, :, at:stop], k[:, :, :stop], v[:, :, :stop], seen, scale))
+    return torch.cat([z for z, _ in done], 2), torch.cat([lse for _, lse in done], 2)
+
+
+def _kernel_for(q: Tensor) -> Callable[..., Any] | None:
+    return None if q.device.type != "cpu" or q.dtype == torch.float16 else _CPU_KERNEL
+
+
 def _one_head(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    if _CPU_KERNEL is None or q.device.type != "cpu" or q.dtype == torch.float16:
+    kernel = _kernel_for(q)
+    if kernel is None:
         return _explicit(q, k, v, keep, scale)
     mask = None
     if keep is not None:
         mask = torch.zeros(keep.shape, dtype=q.dtype).masked_fill_(~keep, NEG)
-    z, lse = _CPU_KERNEL(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    z, lse = kernel(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
     if keep is None:
         return z, lse
     dead = ~keep.any(-1)

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from math import fsum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,10 +28,11 @@ from lab.edges.found import as_policy, plain_unit
 from lab.edges.identity import weights_id
 from lab.edges.policy import Policy
 from lab.edges.reuse import staged
+from lab.edges.scoring import scores as scores_of
 from lab.edges.sweeping import _fingerprint, as_ready
 from lab.edges.trials import Effect, Trials, check_items
 from lab.edges.units import GRAINS, Grain, Roles, Unit, disjoint, split, units_of, wholes
-from lab.edges.warm import Predicted, predicted
+from lab.edges.warm import Predicted, predicted, told
 from lab.errors import UsageError
 from lab.model.ready import Ready
 from lab.recipe import Recipe as Owner  # not listed among the recipes that can be run
@@ -120,8 +122,11 @@ class Asked:
     finer: tuple[Grain, ...] = FINER
     layers: Layers = "free"
     worth: float = 0.0
+    relinearise: int = 0
 
     def __post_init__(self) -> None:
+        if type(self.relinearise) is not int or self.relinearise < 0:
+            raise UsageError(f"relinearise counts layers, 0 for never, got {self.relinearise!r}")
         if not 0 <= self.worth <= 1:
             raise UsageError(f"worth is a share of all edges, 0 to 1, got {self.worth!r}")
         for name, allowed in (("method", Method), ("roles", Roles), ("layers", Layers)):
@@ -135,7 +140,7 @@ class Asked:
 def search(
     model: Any, calibration: Any, *, budget: Budget | Mapping[str, float] | None = None, scores: Result | None = None,
     scope: Scope = "global", method: Method = "acdc", roles: Roles = "all", finer: Sequence[Grain] = FINER,
-    layers: Layers = "free", worth: float = 0.0, n_frames: int = 8, out: str | Path | None = None,
+    layers: Layers = "free", worth: float = 0.0, relinearise: int = 0, n_frames: int = 8, out: str | Path | None = None,
     cancel: Cancel | None = None, show_progress: bool = True, memory: int | None = None,
 ) -> Any:  # fmt: skip
     """Search the smallest set of edges that keeps the answers of the calibration items, right ones and wrong ones.
@@ -150,12 +155,18 @@ def search(
     finer    how units that cannot be cut whole are parted, in this order: "distance" of frames, "option", "head"
     worth    units with a smaller share of all edges are kept or cut whole: parting them saves next to nothing
     layers   "contiguous": every pair is kept in one range of layers only
+    relinearise  with scores and "acdc": score what is left anew, under what is cut, after every so many layers (0: never).
+             Costs about four forwards a sample each time, which the budget counts
     out      folder for a journal: an interrupted search goes on where it stopped
     Stopped (Ctrl-C, `cancel`, the budget of forwards), it returns the best policy so far: `trail.notes["complete"]`.
     Raises UsageError for what does not fit together.
     """
     finer = (finer,) if isinstance(finer, str) else tuple(finer)  # type: ignore[assignment]
-    asked = Asked(Budget.of(budget), method, roles, tuple(finer), layers, worth)
+    asked = Asked(Budget.of(budget), method, roles, tuple(finer), layers, worth, relinearise)
+    if relinearise and (scores is None or method != "acdc"):
+        raise UsageError(
+            "relinearise= goes with scores= and method='acdc': there is nothing else to make anew"
+        )
     if model.pruning.chosen(None) is not None:
         raise UsageError("a search cuts the model as it is, and `model.pruned` is open: search outside of it")
     check_items(calibration)
@@ -217,7 +228,7 @@ def _owner(model: Any, readies: Sequence[Ready], asked: Asked) -> SearchJournal:
         "finer": ",".join(asked.finer),
         "worth": f"{asked.worth:g}",
         "layers": asked.layers,
-    }
+    } | ({"relinearise": str(asked.relinearise)} if asked.relinearise else {})
     return SearchJournal(
         model=model.cfg.model_name, weights=weights_id(model), dtype=str(model.dtype),
         items=tuple(_fingerprint(r) for r in readies), budget=asdict(asked.budget), asked=said,
@@ -258,8 +269,9 @@ class Searcher:
         self.steps: list[Step] = []
         self.spent = Ledger()
         self.stopped = ""
+        self.relinearised = 0
         self._weights: dict[Unit, float] = {}
-        self.total = sum(map(self.weight, self.units))
+        self.total = fsum(map(self.weight, self.units))
         n, b = len(trials), asked.budget
         self.most_flips = max(0, most_hits(b.flips, n, b.confidence))
 
@@ -296,11 +308,25 @@ class Searcher:
     def _descend(self, show: bool) -> None:
         layers = list(reversed(range(self.n_layers)))
         for layer in progress(layers, desc="search", show=show, cancel=self.cancel):
+            if self._due(layer):
+                self._relinearise()
             until = self._allotment(layer)
             self._bury()
             here = [u for u in self.units if u.layer == layer and self._open(u)]
             for group in self._groups(here):
                 self.take([self._bundle(u) for u in group], until)
+
+    def _due(self, layer: int) -> bool:
+        every, done = self.asked.relinearise, self.n_layers - 1 - layer
+        return bool(every and self.guess and self.cut and done and done % every == 0)
+
+    def _relinearise(self) -> None:
+        """Scores under what is cut so far: what the layers below are worth once those above read less."""
+        policy = as_policy(self.trials, self.asked.roles, self.cut, ())
+        found = scores_of(self.trials.model, list(self.trials.readies), policy=policy, show_progress=False)
+        self.guess = told(found)
+        self.spent += Ledger(**found.ledger)
+        self.relinearised += 1
 
     def _groups(self, units: Sequence[Unit]) -> list[list[Unit]]:
         """What is tried together first: what the scores call cheap, then cheap trials (few rows), then dear ones."""
@@ -427,8 +453,9 @@ class Searcher:
         b, now = self.asked.budget, self.effect
         if share is None:
             undecided = {u for u in self.units if self._open(u) and u not in self.rejected}
-            rest = sum(map(self.weight, undecided - set(units)))
-            mine = sum(map(self.weight, units))
+            # exact sums: sets have no order of their own, and limits name entries of the journal
+            rest = fsum(map(self.weight, undecided - set(units)))
+            mine = fsum(map(self.weight, units))
             share = min(1.0, SLACK * mine / max(mine + rest, 1e-9))
         spare = max(0.0, b.kl - now.bounds(b.confidence)[0])
         floor = FLOOR * b.kl / max(1, self.n_layers)
@@ -484,8 +511,8 @@ class Searcher:
 
     def kept(self, cut: Iterable[Unit], only: Callable[[Unit], bool] = lambda u: True) -> float:
         """Share of edges left, by the paper's rule."""
-        total = sum(self.weight(u) for u in self.units if only(u))
-        return 1.0 - sum(self.weight(u) for u in disjoint(cut) if only(u)) / max(total, 1e-9)
+        total = fsum(self.weight(u) for u in self.units if only(u))
+        return 1.0 - fsum(self.weight(u) for u in disjoint(cut) if only(u)) / max(total, 1e-9)
 
     def kept_units(self) -> dict[Unit, float]:
         """The finest units that were tried and kept, with the least mean KL seen when they were cut."""
@@ -537,7 +564,7 @@ class Searcher:
             "complete": not self.stopped, "stopped": self.stopped, "caution": caution, "search": owner,
             "budget": asdict(b), "asked": {k: v for k, v in asdict(self.asked).items() if k != "budget"}, "n": {"item": n},
             "ledger": self.spent.plain(), "forwards_per_item": self.spent.forwards / n,
-            "naive_per_item": self.spent.naive / n, "roles": self.asked.roles,
+            "naive_per_item": self.spent.naive / n, "roles": self.asked.roles, "relinearised": self.relinearised,
             "steps": [s.name for s in self.steps], "cut": [list(map(plain_unit, s.units)) for s in self.steps],
             "kept": [[*plain_unit(u), kl] for u, kl in self.kept_units().items()],
             "effect": self.effect.plain(),

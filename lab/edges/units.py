@@ -210,6 +210,7 @@ class Grid:
 
 def cuts_of(units: Iterable[Unit], reason: str | None = None) -> tuple[Cut, ...]:
     """Few cuts that remove just these units: layers, heads, distances and segments that go together are joined."""
+    units = sorted(units)  # sets have no order of their own, a policy's cuts have
     rows = {(u.q, u.k, u.where, u.heads): {u.layer} for u in units}
     for u in units:
         rows[u.q, u.k, u.where, u.heads].add(u.layer)

@@ -95,6 +95,11 @@ def predicted(scores: Result | None, readies: Sequence[Ready]) -> Predicted | No
         )
     check_validated(scores)
     _check_items(scores.coords["item"], readies)
+    return told(scores)
+
+
+def told(scores: Result) -> Predicted:
+    """Scores as units ask them, whether or not they were validated."""
     layers = tuple(int(i) - 1 for i in scores.coords["layer"])
     names = (tuple(map(str, scores.coords[a])) for a in ("query", "key"))
     return Predicted(np.asarray(scores.values, dtype=float), layers, *names)

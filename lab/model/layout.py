@@ -36,7 +36,7 @@ def lay_out(model: Any, ready: Ready, door: Door, plan: Plan) -> tuple[Door, tup
         )
     tokens = ready.maps[0]
     before = vision_of(ready, door)
-    after = _through_stages(plan, ready.frames, before, ready.item.question)
+    after = through_stages(plan, ready.frames, before, ready.item.question)
     if plan.layout is not None:
         return _written_anew(model, ready, before, after, plan)
     return _shortened(door, tokens, before, after)
@@ -69,7 +69,8 @@ def vision_of(ready: Ready, door: Door) -> VisionTokens:
     return VisionTokens(door.embeds[0, rows], ready.grids[0], tuple(d[0, rows] for d in door.deep), rope)
 
 
-def _through_stages(plan: Plan, frames: Frames, vision: VisionTokens, query: str) -> VisionTokens:
+def through_stages(plan: Plan, frames: Frames, vision: VisionTokens, query: str) -> VisionTokens:
+    """What the plan's encoder and stages make of a question's vision tokens. Raises RunError for a wrong grid."""
     if plan.encoder is not None:
         vision = plan.encoder(frames, None, query)
     for stage in plan.stages:

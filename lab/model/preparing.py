@@ -19,6 +19,7 @@ from lab.slots import Plan
 from lab.video import read as read_video
 
 N_FRAMES = 8
+FAR = 16  # times the positions a model was made for: nobody means so long a prompt
 
 
 def prepare(
@@ -28,11 +29,12 @@ def prepare(
     """Video -> frames -> pixels; question -> spans -> ids. The frames default to 8 uniform ones.
 
     Raises VideoError for an unreadable video, PromptError for a prompt whose tokens cannot be given roles,
-    UsageError without a tokenizer.
+    UsageError without a tokenizer, and for more frames than the model's positions could hold.
     """
     tokenizer = model.need_tokenizer()
     if n_frames is None and fps is None and index is None:
         n_frames = N_FRAMES
+    _check_frames(model, n_frames)
     frames = read_video(item.video, n_frames=n_frames, fps=fps, index=index, clip=item.clip)
     if plan.sampler is not None:
         frames = plan.sampler(frames, item.question)
@@ -82,6 +84,16 @@ def with_sampler(model: Any, ready: Ready, plan: Plan) -> Ready:
     return replace(held[1], plan=ready.plan)
 
 
+def _check_frames(model: Any, n_frames: int | None) -> None:
+    """Before so many are decoded: two frames make at least one token in every family."""
+    n_ctx = model.cfg.n_ctx
+    if n_ctx and (n_frames or 0) > 2 * n_ctx:
+        raise UsageError(
+            f"n_frames={n_frames:,} makes at least {(n_frames or 0) // 2:,} positions, the model was made for {n_ctx:,}; take "
+            "fewer frames"
+        )
+
+
 def _check_context(model: Any, tokens: TokenMap) -> None:
     """Text that fills the model's context alone is a mistake; a video that reaches beyond it may be meant."""
     n, n_ctx = len(tokens), model.cfg.n_ctx
@@ -91,6 +103,10 @@ def _check_context(model: Any, tokens: TokenMap) -> None:
     if text > n_ctx:
         raise PromptError(
             f"the text has {text:,} tokens, the model was made for {n_ctx:,} positions; shorten it"
+        )
+    if n > FAR * n_ctx:
+        raise PromptError(
+            f"the prompt has {n:,} positions, more than {FAR} times the {n_ctx:,} that the model was made for; take fewer frames"
         )
     warnings.warn(
         f"the prompt has {n:,} positions, the model was made for {n_ctx:,}; answers may mean nothing: take fewer frames",

@@ -35,15 +35,16 @@ class Write:
 class Cell:
     """One set of edits.
 
-    before, keys, inside, after   bool [pos] per layer: rows written on the stream entering it; whose keys or values are
-                            written; written elsewhere in it; written on the stream leaving it
+    before, keys, inside, after   bool [layer, pos]: rows written on the stream entering a layer; whose keys or values
+                            are written; written elsewhere in it; written on the stream leaving it. Rows that get what
+                            they have in the stored run are not marked: alone they change nothing
     """
 
     writes: tuple[Write, ...]
-    before: tuple[Tensor, ...]
-    keys: tuple[Tensor, ...]
-    inside: tuple[Tensor, ...]
-    after: tuple[Tensor, ...]
+    before: Tensor
+    keys: Tensor
+    inside: Tensor
+    after: Tensor
 
     def values_before(self, layer: int) -> list[tuple[Tensor, Tensor]]:
         return [(w.rows, w.values) for w in self.writes if w.layer == layer and w.site in BEFORE]
@@ -77,10 +78,21 @@ def cell_of(
     """Resolve a set of edits. Of several edits of one row the last holds, as in the reference."""
     writes = tuple(w for e in edits for w in _writes(model, e, base, others, tokens))
     n, layers = base.store.n_pos, base.store.n_layers
-    marks = {part: [torch.zeros(n, dtype=torch.bool) for _ in range(layers)] for part in PARTS}
+    marks = {part: torch.zeros(layers, n, dtype=torch.bool) for part in PARTS}
     for w in (w for w in writes if w.site != DEEP):  # those rows are written on the stream before
-        marks[_part(w.site)][w.layer][w.rows] = True
-    return Cell(writes, *(tuple(marks[p]) for p in PARTS))
+        marks[_part(w.site)][w.layer][w.rows] |= _other(w, base, others)
+    return Cell(writes, *marks.values())
+
+
+def _other(write: Write, base: Stored, others: Mapping[str, Stored]) -> Tensor:
+    """Which rows of a write may get anything but what the stored run has there, bool [row] (or True)."""
+    deep = bool(base.store.door.deep) or any(o.store.door.deep for o in others.values())
+    if (
+        write.site not in STATE or deep
+    ):  # additions that rows bring along may differ where the stream does not
+        return torch.tensor(True)
+    stream = base.store.resid[write.layer + (write.site in AFTER)]
+    return (stream[write.rows.to(stream.device)] != write.values.to(stream.device)).any(-1).cpu()
 
 
 def _part(site: str) -> str:

@@ -19,6 +19,7 @@ UNITS: dict[str, str] = {
     "probability": "p of the other world's answer",
     "flip": "share of items that flip",
 }
+NEAR = 0.5  # nats: of two worlds whose scores lie nearer, a share of the way between them can be of any size
 BASELINES: dict[str, float | None] = {"recovered": 0.0, "logit_diff": None, "probability": None, "flip": 0.0}
 
 
@@ -56,13 +57,23 @@ class Score:
             return logits.log_softmax(-1)[..., self.theirs]
         return logits[..., self.theirs] - logits[..., self.own]
 
+    @property
+    def lost(self) -> str:
+        """Why the metric is nan everywhere; "" if it is not."""
+        gap = abs(self.end - self.start)
+        if self.metric != "recovered" or gap > NEAR:
+            return ""
+        alike = "give the same answer, and" if self.theirs == self.own else "score"
+        return (
+            f"the worlds {alike} {gap:.2g} nats apart: of so small a way there is no share; use another world or "
+            "metric='logit_diff'"
+        )
+
     def __call__(self, logits: Float[Tensor, "*cell d_vocab"]) -> Float[Tensor, "*cell"]:
-        """The metric; differentiable but for "flip". nan where "recovered" has nothing to recover."""
+        """The metric; differentiable but for "flip". nan where "recovered" has next to nothing to recover (`lost`)."""
         match self.metric:
             case "recovered":
-                gap = self.end - self.start
-                # two worlds that score alike to rounding have no distance to cover
-                return (self.raw(logits) - self.start) / (gap if abs(gap) > 1e-4 else torch.nan)
+                return (self.raw(logits) - self.start) / (torch.nan if self.lost else self.end - self.start)
             case "logit_diff":
                 return self.raw(logits)
             case "probability":

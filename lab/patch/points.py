@@ -29,6 +29,10 @@ class Passed:
         """The one world's value."""
         return self.value[self.at]
 
+    def same(self, other: Passed) -> bool:
+        """Whether the same rows passed with the same values."""
+        return torch.equal(self.order, other.order) and torch.equal(self.own, other.own)
+
 
 Held = dict[tuple[str, str], Passed]  # by hook point and world
 

@@ -35,10 +35,9 @@ class Stored:
     values: dict[str, Tensor]
 
 
-def why_not_stored(worlds: Any, world: str) -> str:
-    """Why runs of this world cannot be continued from a stored one; "" if they can."""
+def why_not_stored(worlds: Any, world: str, door: Door, tokens: Any) -> str:
+    """Why runs of this world, arrived at this door, cannot be continued from a stored one; "" if they can."""
     model, ready, policy = worlds.model, worlds.ready[world], worlds.policy
-    door, tokens = worlds.arrive(world)
     if policy is not None:
         if not callable(getattr(policy, "masks", None)):
             return f"a {type(policy).__name__} does not say its cuts as masks"
@@ -49,8 +48,8 @@ def why_not_stored(worlds: Any, world: str) -> str:
     return why_not(model, ready, door)
 
 
-def stored_run(worlds: Any, world: str, points: Sequence[str]) -> Stored:
-    """Run the world once and keep what edits need. `why_not_stored` must have nothing against it."""
+def stored_run(worlds: Any, world: str, came: tuple[Door, Any], points: Sequence[str]) -> Stored:
+    """Run the world once from where it arrived and keep what edits need. `why_not_stored` must have nothing against it."""
     model, ready, policy = worlds.model, worlds.ready[world], worlds.policy
     values: dict[str, Tensor] = {}
 
@@ -58,7 +57,7 @@ def stored_run(worlds: Any, world: str, points: Sequence[str]) -> Stored:
         values[hook.name] = value[0].clone()
 
     with model.hooks([(p, keep) for p in points]), model.lock.shared():
-        door, tokens = worlds.arrive(world)
+        door, tokens = came
         door = Door(model.embed.hook_out(door.embeds), door.rope, door.pad, door.deep)
         edges = edges_of(model, policy, [ready], [tokens])
         stream, cache = _recorded(model, door, edges)

@@ -20,7 +20,7 @@ from lab.edges.closure import closure_of
 from lab.edges.packed import Group, Packed, batches
 from lab.model.decoder import all_reached, one_layer
 from lab.model.run import Call, Run
-from lab.patch.cells import Cell, cell_of, why_not_cell
+from lab.patch.cells import PARTS, Cell, cell_of, why_not_cell
 from lab.patch.points import Held
 from lab.patch.sites import hook_name, layers_with
 from lab.patch.stored import Stored, logits_of, stored_run, why_not_stored
@@ -35,10 +35,11 @@ def evaluate(
     reason = ""
     if executor == "fast":
         sources = list(dict.fromkeys(e.source for cell in cells for e in cell if e.source is not None))
-        found = (why_not_stored(worlds, w) for w in (into, *sources))
+        came = {w: worlds.arrive(w) for w in (into, *sources)}
+        found = (why_not_stored(worlds, w, *door) for w, door in came.items())
         reason = next((r for r in (*(why_not_cell(c) for c in cells), *found) if r), "")
         if not reason:
-            return *_fast(worlds, cells, into, sources, n_rows), ""
+            return *_fast(worlds, cells, into, came, n_rows), ""
     return *_reference(worlds, cells, into), reason
 
 
@@ -69,7 +70,7 @@ def _taken_from(worlds: Any, cells: Sequence[Sequence[Any]]) -> dict[str, list[s
 
 
 def _fast(
-    worlds: Any, cells: Sequence[Sequence[Any]], into: str, sources: Sequence[str], n_rows: int
+    worlds: Any, cells: Sequence[Sequence[Any]], into: str, came: dict[str, tuple[Any, Any]], n_rows: int
 ) -> tuple[Tensor, Ledger]:
     model = worlds.model
     taken = _taken_from(worlds, cells)
@@ -80,19 +81,19 @@ def _fast(
         if e.source is None
         for i in layers_with(model, e.site, e.layers)
     }
-    base = stored_run(worlds, into, sorted(own))
-    others = {w: stored_run(worlds, w, taken[w]) for w in sources}
+    base = stored_run(worlds, into, came[into], sorted(own))
+    others = {w: stored_run(worlds, w, came[w], names) for w, names in taken.items()}
     tokens = base.store.side.tokens[0]
     worlds.check({into: tokens, **{w: o.store.side.tokens[0] for w, o in others.items()}})
     made = [cell_of(model, cell, base, others, tokens) for cell in cells]
     live = closure_of(base.cuts, base.store.n_pos, base.store.n_layers, [base.store.n_pos - 1]).live
     out = logits_of(model, base)[None].repeat(len(cells), 1)
-    jobs = [j for i, c in enumerate(made) if (j := _job(i, c, live)) is not None]
+    jobs = _jobs(made, torch.stack(live))
     for batch in batches(jobs, n_rows):
         _run(model, base, batch, out)
     rows = base.store.work.row_layers + sum(o.store.work.row_layers for o in others.values())
     whole = base.store.n_pos * base.store.n_layers
-    return out, Ledger(rows / whole, len(cells) + len(sources))
+    return out, Ledger(rows / whole, len(cells) + len(others))
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class _Job:
     cell: Cell
     rows: tuple[Tensor, ...]
     full: tuple[Tensor, ...]  # bool over rows
+    alike: tuple[bytes, ...]  # per layer; equal for jobs that run the same rows the same way
 
     @property
     def start(self) -> int:
@@ -113,25 +115,30 @@ class _Job:
         return max(len(rows) for rows in self.rows)
 
 
-def _job(place: int, cell: Cell, live: Sequence[Tensor]) -> _Job | None:
-    """The rows of a cell, layer by layer; None if nothing that is read can change."""
-    dirty = torch.zeros(len(live[0]), dtype=torch.bool)
-    rows: list[Tensor] = []
-    full: list[Tensor] = []
+def _jobs(cells: Sequence[Cell], live: Tensor) -> list[_Job]:
+    """The rows of every cell, layer by layer; cells are left out of which nothing that is read can change."""
+    before, keys, inside, after = (torch.stack([getattr(c, p) for c in cells]) for p in PARTS)
+    dirty = torch.zeros(len(cells), live.shape[1], dtype=torch.bool)
+    runs: list[Tensor] = []
+    fulls: list[Tensor] = []
     for layer in range(len(live) - 1):
-        dirty = dirty | cell.before[layer]
-        read = dirty | cell.keys[layer]
-        after = (
-            (read.cumsum(0) > 0) | cell.inside[layer] | cell.after[layer]
-        )  # later rows may read one that differs
-        run = (after & live[layer + 1]) | (read & live[layer])
-        at = run.nonzero().squeeze(1)
-        rows.append(at)
-        full.append((after & live[layer + 1])[at])
-        dirty = after
-    if not bool((dirty & live[-1]).any()):
-        return None
-    return _Job(place, cell, tuple(rows), tuple(full))
+        dirty = dirty | before[:, layer]
+        read = dirty | keys[:, layer]
+        # later rows may read one that differs
+        new = (read.cumsum(1) > 0) | inside[:, layer] | after[:, layer]
+        fulls.append(new & live[layer + 1])
+        runs.append(fulls[-1] | (read & live[layer]))
+        dirty = new
+    run, full = torch.stack(runs, 1), torch.stack(fulls, 1)  # [cell, layer, pos]
+    reached = (dirty & live[-1]).any(1).nonzero().squeeze(1).tolist()
+    return [_job(i, cells[i], run[i], full[i]) for i in reached]
+
+
+def _job(place: int, cell: Cell, run: Tensor, full: Tensor) -> _Job:
+    rows = tuple(layer.nonzero().squeeze(1) for layer in run)
+    needed = tuple(layer[at] for layer, at in zip(full, rows, strict=True))
+    same = (run.to(torch.int8) + full.to(torch.int8)).numpy()
+    return _Job(place, cell, rows, needed, tuple(layer.tobytes() for layer in same))
 
 
 @dataclass(frozen=True)
@@ -146,12 +153,10 @@ class _Pack:
 
 
 def _pack(jobs: Sequence[_Job], layer: int, n_pos: int, cut: Tensor | None) -> _Pack:
-    active: dict[tuple[bytes, bytes], list[int]] = {}
+    active: dict[bytes, list[int]] = {}
     for i, job in enumerate(jobs):
         if len(job.rows[layer]):
-            active.setdefault(
-                (job.rows[layer].numpy().tobytes(), job.full[layer].numpy().tobytes()), []
-            ).append(i)
+            active.setdefault(job.alike[layer], []).append(i)
     groups, which, pos, full = [], [], [], []
     for members in active.values():
         rows = jobs[members[0]].rows[layer]

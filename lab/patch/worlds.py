@@ -17,15 +17,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lab.carriers import VideoQA
-from lab.errors import RunError, UsageError
+from lab.errors import UsageError
 from lab.model.door import Door
 from lab.model.reading import Read
 from lab.model.ready import Ready
 from lab.model.run import Run
+from lab.patch.alike import same_tokens
 from lab.patch.doors import arrived, edges_of, joined, unlike, with_deep_taken
 from lab.patch.edits import Edit
 from lab.patch.points import Held, Order, Point, points_of
-from lab.patch.sites import EMBED
+from lab.patch.sites import EMBED, hook_name, layers_with
 from lab.runs import Ledger
 from lab.slots import Plan, plan_of
 
@@ -54,7 +55,7 @@ class Worlds:
         """Worlds by name: each a VideoQA, a Ready of one world, or a processor's tensors.
 
         policy      cuts that hold in every world (`lab.edges.Policy`); an open `model.pruned` counts
-        mechanisms  act in every world
+        mechanisms  act in every world; which video tokens are dropped before the decoder is the first world's choice
         standing    noise or means at "embed" that hold in every run
         Raises UsageError, with the reason, for worlds whose positions do not correspond.
         """
@@ -62,7 +63,7 @@ class Worlds:
             raise UsageError(
                 f"patching needs at least two worlds, got {len(worlds)}: clean=..., corrupted=..."
             )
-        ready = {n: _ready(model, w, n_frames, mechanisms) for n, w in worlds.items()}
+        ready = same_tokens(model, {n: _ready(model, w, n_frames, mechanisms) for n, w in worlds.items()})
         made = cls(model, ready, model.pruning.chosen(policy), tuple(standing))
         made._check(standing)
         made.check({n: r.maps[0] for n, r in ready.items()})
@@ -110,14 +111,35 @@ class Worlds:
         """Logits of all worlds, in order, with the edits. What an edit takes is what passes in the same pass.
 
         Edits of one point all see what arrived there, before any of them. Raises UsageError for unknown worlds and
-        rows; RunError where mechanisms act on one prompt at a time and worlds take from each other both ways.
+        rows.
         """
         self._check(edits)
         if not self.one_by_one:
             return self.forward(self.names, edits, {}, read)
         held: Held = {}
-        done = {name: self.forward([name], edits, held, read) for name in _sources_first(self.names, edits)}
+        order = _sources_first(self.names, edits)
+        if order is None:
+            return self._rounds(edits, read)
+        done = {name: self.forward([name], edits, held, read) for name in order}
         return torch.cat([done[name] for name in self.names])
+
+    def _rounds(self, edits: Sequence[Edit], read: Read) -> Tensor:
+        """World after world, where they take from each other: again until nothing that is taken changes.
+
+        What is taken at a point depends on points before it alone, so every round makes at least one more of them final.
+        """
+        watch: dict[str, list[str]] = {}
+        for edit in (e for e in edits if e.source is not None):
+            for layer in layers_with(self.model, edit.site, edit.layers):
+                watch.setdefault(hook_name(edit.site, layer), []).append(str(edit.source))
+        held: Held = {}
+        for name in self.names:
+            self.forward([name], (), held, read, watch)
+        while True:
+            before = dict(held)
+            out = torch.cat([self.forward([name], edits, held, read, watch) for name in self.names])
+            if all(held[at].same(passed) for at, passed in before.items()):
+                return out
 
     @property
     def one_by_one(self) -> bool:
@@ -226,16 +248,13 @@ def _one_plan(ready: Sequence[Ready]) -> Plan:
     return replace(ready[0].plan, sampler=None, encoder=None, stages=(), layout=None, heads=())
 
 
-def _sources_first(names: Sequence[str], edits: Sequence[Edit]) -> list[str]:
+def _sources_first(names: Sequence[str], edits: Sequence[Edit]) -> list[str] | None:
+    """An order in which every world comes after those it takes from; None where some take from each other."""
     needs = {n: {e.source for e in edits if e.into == n and e.source is not None} for n in names}
     out: list[str] = []
     while len(out) < len(names):
         free = [n for n in names if n not in out and needs[n] <= set(out)]
         if not free:
-            left = [n for n in names if n not in out]
-            raise RunError(
-                f"worlds {' and '.join(left)} take from each other, and mechanisms here run one world at a time; "
-                "drop one direction, or the mechanisms"
-            )
+            return None
         out.append(free[0])
     return out
