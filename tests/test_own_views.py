@@ -363,3 +363,11 @@ def test_every_view_comes_back_from_its_config(view) -> None:
     ):
         with pytest.raises(ConfigError):
             view.restore(wrong)
+
+
+def test_a_lens_picture_is_the_same_bytes_each_time_and_changes_with_the_word_followed(tmp_path) -> None:
+    table = LensTable(lensed())
+    first = [table.export(tmp_path / f"a{s}").read_bytes() for s in (".png", ".svg", ".pdf")]
+    assert first == [table.export(tmp_path / f"b{s}").read_bytes() for s in (".png", ".svg", ".pdf")]
+    table.follow("A")
+    assert table.export(tmp_path / "a.png").read_bytes() != first[0]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lab.app import experiment
 from lab.app.answers_panel import Column, answers_html
-from lab.app.screen import FRAMES, LENS, NEEDED, NOTHING, OVERLAYS, SEGMENT, TOKEN, Panels, screen
+from lab.app.screen import FRAMES, LENS, NEEDED, NOTHING, OVERLAYS, SEGMENT, TOKEN, Panels, laid_out
 from lab.app.segments import blocked_of
 from lab.app.session import Answered, Session
 from lab.app.worker import Job, Worker
@@ -215,6 +215,7 @@ class Explorer:
         self.editor.widget().set_trait("busy", True)
         try:
             self.edited = self.session.answer(policy, "edited", removed)
+            self.clean = self.session.answer(Policy(cuts=()), "clean")  # the model may have changed meanwhile
             self._clear_error()
             self._show_answers()
         finally:
@@ -249,7 +250,7 @@ class Explorer:
         s = self.session
         for found in s.traced(
             s.frames_out(),
-            "effect of each frame: nobody after it reads it (exact knock-out, all layers)",
+            "effect of each frame: nobody after it reads it (exact knock-out in all layers; below 0: the answer loses)",
             whole=True,
         ):
             self.strip.show(s.on_frames(s.by_frame(found.values[0]), found.unit, found.name))
@@ -258,14 +259,12 @@ class Explorer:
     def _flowed(self, token: int) -> Job:
         s, alone = self.session, self.source == TOKEN
         what = f"{s.label(token)} alone" if alone else s.labels[s.names.index(s.segment_of(token))]
-        name = (
-            f"{what} not read by each segment, in {s.window} layers round each (exact knock-out, clean run)"
-        )
+        name = f"{what} not read by each segment, in {s.window} layers round each (exact knock-out of the clean run; below 0: the answer loses)"
         yield from self._filling(self.flow, s.traced(s.from_token(token, alone=alone), name))
 
     def _traced(self) -> Job:
         s = self.session
-        name = f"All pathways, each cut in {s.window} layers round each (exact knock-out, clean run)"
+        name = f"All pathways, each cut in {s.window} layers round each (exact knock-out of the clean run; below 0: the answer loses)"
         for self.traced in s.traced(s.usual(), name):
             self.trace.show(self.traced)
             self.panels.top.progress = self.traced.notes["done"]
@@ -347,8 +346,13 @@ class Explorer:
         """The whole screen; always the same one."""
         if not hasattr(self, "_screen"):
             v = (self.strip, self.editor, self.lens, self.depth, self.flow, self.trace)
-            self._screen = screen(self.session.item, self.panels, *(view.widget() for view in v))
+            self._screen = laid_out(self.session.item, self.panels, *(view.widget() for view in v))
         return self._screen
+
+    def __repr__(self) -> str:
+        item, grid = self.session.item, self.editor.grid
+        about = repr(item.question) if item is not None else "a prompt of your own"
+        return f"<Explorer of {about}: {grid.removed:,} of {grid.total:,} edges cut>"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.widget()._repr_mimebundle_(**kwargs)

@@ -39,7 +39,7 @@ class Panels:
         self.answers.add_class("vl-answers")
 
 
-def screen(
+def laid_out(
     item: VideoQA | None,
     panels: Panels,
     strip: Any,

@@ -65,8 +65,21 @@ class Answered:
         return int(np.argmax(self.p))
 
 
+@dataclass(frozen=True)
+class _Clean:
+    """The clean run of the model as it is: its store, logits at the last position, and what it chooses."""
+
+    store: Store
+    logits: Tensor
+    choices: Choices
+    said: int
+
+
 class Session:
-    """A model and an item. item: a VideoQA, or a Ready of one world. Raises UsageError for anything else."""
+    """A model and an item. item: a VideoQA, or a Ready of one world.
+
+    Raises UsageError for anything else, and for what cannot be run from a stored clean run (`Store.reason`).
+    """
 
     def __init__(self, model: Any, item: Any, *, n_frames: int = 8) -> None:
         if not isinstance(item, VideoQA | Ready):
@@ -78,7 +91,12 @@ class Session:
         if self.ready.n_worlds != 1:
             raise UsageError(f"explore takes one world, got {self.ready.n_worlds}; prepare them one by one")
         self.lock = LOCKS.setdefault(model, threading.RLock())
-        self._store: Store | None = None
+        self._made: _Clean | None = None
+        if self.store.reason:
+            raise UsageError(
+                f"the explorer works from one stored clean run, and here {self.store.reason}; use probes.knockout and "
+                "probes.lens, which run the model in full"
+            )
 
     # ---- the prompt -------------------------------------------------------------------------------------------------
 
@@ -180,12 +198,32 @@ class Session:
     @property
     def store(self) -> Store:
         """The clean run; made anew after the model's weights, mode or hooks changed."""
+        return self._now.store
+
+    @property
+    def clean(self) -> Tensor:
+        """Logits of the clean run at the last position, [d_vocab]."""
+        return self._now.logits
+
+    @property
+    def choices(self) -> Choices:
+        """What can be answered."""
+        return self._now.choices
+
+    @property
+    def said(self) -> int:
+        """Index of the choice that the clean run makes."""
+        return self._now.said
+
+    @property
+    def _now(self) -> _Clean:
         with self.lock:
-            if self._store is None or self._store.version != model_version(self.model):
-                self._store = Store.of(self.model, self.ready)
-                for made_from_it in ("clean", "choices", "said", "_followed"):
-                    self.__dict__.pop(made_from_it, None)
-            return self._store
+            if self._made is None or self._made.store.version != model_version(self.model):
+                store = Store.of(self.model, self.ready)
+                logits = store.clean(self.model)[0]
+                choices = Choices.of(self.model, self.item, logits)
+                self._made = _Clean(store, logits, choices, int(np.argmax(choices.p(logits))))
+            return self._made
 
     @property
     def n_layers(self) -> int:
@@ -198,17 +236,6 @@ class Session:
     def bound(self, policy: Policy) -> Any:
         """A policy on this prompt."""
         return policy.bind(self.tokens, self.n_layers, self.n_heads, self.item)
-
-    @cached_property
-    def clean(self) -> Tensor:
-        """Logits of the clean run at the last position, [d_vocab]."""
-        with self.lock:
-            return self.store.clean(self.model)[0]
-
-    @cached_property
-    def choices(self) -> Choices:
-        """What can be answered."""
-        return Choices.of(self.model, self.item, self.clean)
 
     def answer(self, policy: Policy, name: str, removed: int = 0) -> Answered:
         """The answer under a policy, from the stored clean run. removed: how many edges that cuts."""
@@ -223,11 +250,6 @@ class Session:
         with self.lock:
             return run_cut(self.model, self.store, cuts)[:, -1]
 
-    @cached_property
-    def said(self) -> int:
-        """Index of the choice that the clean run makes."""
-        return int(np.argmax(self.choices.p(self.clean)))
-
     def effect(self, logits: Tensor) -> float:
         """Change in the log-odds of the clean run's choice, nats."""
         return self.choices.log_odds(logits, self.said) - self.choices.log_odds(self.clean, self.said)
@@ -235,7 +257,7 @@ class Session:
     @property
     def effect_unit(self) -> str:
         """What `effect` is, with its sign."""
-        return f"change in the log-odds of {self.choices.names[self.said]!r} (nats; below 0: it loses)"
+        return f"change in log-odds of {self.choices.names[self.said]} (nats)"
 
     # ---- what is asked ------------------------------------------------------------------------------------------------
 
@@ -253,9 +275,14 @@ class Session:
         axes = ("layer", "frame", "row", "col")
         coords = {a: list(range(n)) for a, n in zip(axes, values.shape, strict=True)}
         coords["layer"] = [i + 1 for i in coords["layer"]]
-        share = "share of a frame's tokens whose output can still reach the answer"
+        share = "share of tokens needed"
         return Result(
-            values, axes, coords, share, {}, "Efficiency: tokens that a layer must compute under this policy"
+            values,
+            axes,
+            coords,
+            share,
+            {},
+            "Efficiency: tokens whose output in a layer can still reach the answer",
         )
 
     @torch.no_grad()
@@ -291,7 +318,7 @@ class Session:
             best, Result(ranks, ("word", "layer", "pos"), coords, "rank", {}), [self.label(i) for i in at]
         )
 
-    @cached_property
+    @property
     def _followed(self) -> dict[str, int]:
         """Words whose rank can be followed: the choices' tokens, and the likeliest words of the answer."""
         ids = [*self.choices.ids, *self.clean.topk(min(8, len(self.clean))).indices.tolist()]

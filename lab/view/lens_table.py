@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from traitlets import Bytes, Int, List, Unicode
 from lab.errors import ConfigError, UsageError
 from lab.result import Result
 from lab.view.canvas import Canvas, colours, floats, ints, script, tie
+from lab.view.lens_out import save_lens
+from lab.view.matplotlib_out import SUFFIXES
 from lab.view.selection import Selection
 from lab.view.specs import FigureSpec, text
 from lab.view.view import View
@@ -109,6 +112,19 @@ class LensTable(View):
         if ranks is not None and word:
             return [[text(int(r)) for r in row] for row in ranks.select(word=word).values]
         return [[pos[0] for pos in layer] for layer in best.notes["words"]]
+
+    def _save_picture(self, path: Path) -> Path:
+        if path.suffix.lower() not in SUFFIXES:
+            return super()._save_picture(path)
+        return save_lens(self.spec(), self._shares()[::-1], path)
+
+    def _shares(self) -> list[list[float]]:
+        """The colour of every cell: the best word's probability, or how near the followed word is to the first rank."""
+        best, ranks, word = self._found.best, self._found.ranks, self._live.followed
+        if ranks is not None and word:
+            # as in lens.js: rank 1 is the top of the scale, beyond 1000 all are at its lower end
+            return (1 - np.minimum(1, np.log10(np.maximum(ranks.select(word=word).values, 1)) / 3)).tolist()
+        return best.values[:, :, 0].tolist()
 
     def data(self) -> pd.DataFrame:
         """One row for every layer, token and place: the word and its probability."""
