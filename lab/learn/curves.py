@@ -72,7 +72,7 @@ def _stage(above: Axes, below: Axes, line: Line) -> None:
         ax.axvline(line["step"], color="#bbbbbb", linewidth=0.8)
     above.annotate(
         line["stage"], (line["step"], 1), xycoords=("data", "axes fraction"), rotation=90, fontsize=6,
-        va="top", ha="right", color="#555555",
+        va="top", ha="right", color="#333333", bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.6},
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Trains `tiny`, the bundled model: a small LLaVA-OneVision that says which way a shape moves.
 
-    python -m lab.learn.tiny --out runs/tiny             # two and a half hours on one core
+    python -m lab.learn.tiny --out runs/tiny             # three hours on one core
     python -m lab.learn.tiny --out runs/tiny --resume    # continue after an interruption
 
 Stages, each ended by a number: the video first, with the answer word supervised at the `?`; then matching a word to its
