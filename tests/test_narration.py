@@ -7,7 +7,7 @@ import torch
 
 from lab.errors import UsageError
 from lab.learn.live import Say, Watch
-from lab.learn.narration import ASK, lessons, main, measured, narrated, train
+from lab.learn.narration import ASK, THETA, lessons, main, measured, narrated, train
 from lab.mechanisms import trained_with
 from lab.mechanisms.streaming import Streaming
 from lab.model.zoo import load
@@ -90,7 +90,7 @@ def test_the_command_line_leaves_a_variant(tmp_path, capsys):
     )
     model = load(tmp_path / "variant", device="cpu", verify=False)
     (config,) = trained_with(model)
-    assert config == Streaming(max_new_tokens=20)
+    assert config == Streaming(theta=THETA, max_new_tokens=20)
     said = json.loads((tmp_path / "variant/variant.json").read_text())
     with torch.no_grad():
         assert measured(model, config, 1, 777) == said["held_out"]

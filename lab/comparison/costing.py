@@ -25,7 +25,7 @@ from lab.model.cache import KVCache
 from lab.model.ready import Ready
 from lab.slots import Plan
 
-QUANTITIES = ("FLOPs", "keys and values (bytes)", "time (s)", "peak memory (bytes)")
+QUANTITIES = ("FLOPs", "KV bytes", "seconds", "peak bytes")
 SOURCES = ("predicted", "measured")
 Numbers = dict[str, list[list[float]]]  # variant -> [quantity][source]
 

@@ -29,7 +29,7 @@ def shown_of(r: Results, frames: Any) -> list[Shown]:
 def _wide(title: str, columns: Sequence[str], names: Sequence[str], values: NDArray[Any]) -> FigureSpec:
     """A table: a row for every variant."""
     rows = tuple((n, *(f"{v:.4g}" for v in row)) for n, row in zip(names, values.tolist(), strict=True))
-    return FigureSpec("table", title, "", columns=("Variant", *columns), rows=rows)
+    return FigureSpec("table", title, "a row a variant", columns=("Variant", *columns), rows=rows)
 
 
 def _changed(r: Results) -> FigureSpec:
@@ -93,16 +93,12 @@ def _mass(r: Results) -> list[FigureSpec]:
     mean = r["mass"].mean("item")
     base, *others = mean.coords["variant"]
     before = mean.select(variant=base)
-    shifts = {
-        v: mean.select(variant=v).values - before.values for v in others if v not in mean.notes["controls"]
-    }
-    top = max((float(np.nanmax(np.abs(s))) for s in shifts.values()), default=0.0) or 1.0
+    parts = {v: mean.select(variant=v) for v in others if v not in mean.notes["controls"]}
+    shifts = {v: replace(p, values=p.values - before.values, low=None, high=None, unit="change of the share", baseline=0.0) for v, p in parts.items()}  # fmt: skip
+    top = max((float(np.nanmax(np.abs(s.values))) for s in shifts.values()), default=0.0) or 1.0
     first = _heat(before, f"{mean.name}, keys->queries: {base} (share of the queries' attention)", (0.0, 1.0))
     changed = [
-        figure_spec(
-            replace(before, values=s, low=None, high=None, unit="change of the share", baseline=0.0),
-            title=f"Attention: {v} minus {base} (above 0: more than before)", kind="heat", limits=(-top, top), diverging=True,
-        )
+        figure_spec(s, title=f"Attention: {v} minus {base} (above 0: more than before)", kind="heat", limits=(-top, top), diverging=True)
         for v, s in shifts.items()
     ]  # fmt: skip
     return [first, *changed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,7 +56,7 @@ class Found:
             "controls": {v.name: v.control_of for v in self.variants if v.control_of}, "vanilla": self.names[0],
             "task": {k: i.task or "all" for k, i in zip(self.keys, self.items, strict=True)},
             "groups": {"item": dict(zip(self.keys, videos, strict=True))},
-            "mechanisms": {v.name: [repr(m) for m in v.mechanisms] for v in self.variants},
+            "mechanisms": {v.name: [_said(m) for m in v.mechanisms] for v in self.variants},
         }  # fmt: skip
 
     def result(self, values: Any, axes: Sequence[str], unit: str, name: str, **more: Any) -> Result:
@@ -70,6 +71,11 @@ class Found:
         coords = {a: more.pop(a) if a in more else known[a] for a in axes}
         notes = self.notes() | more.pop("notes", {})
         return Result(np.asarray(values), tuple(axes), coords, unit, self.recipe, name, notes, **more)
+
+
+def _said(mechanism: Any) -> str:
+    """The mechanism's settings; of files their names."""
+    return re.sub(r"'[^']*[/\\\\]([^/'\\\\]+)'", r"'\1'", repr(mechanism))
 
 
 def results_of(found: Found) -> dict[str, Result]:

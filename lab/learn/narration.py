@@ -34,6 +34,7 @@ from lab.sim.tasks import draw_items
 
 TASKS = ("action_sequence", "scene_transition")
 ASK = "Tell what happens."
+THETA = 0.1  # the unembedding is not trained, and keeps p(silence) below 0.3 even where silence is likeliest by far
 Lesson = tuple[VideoQA, Script]
 
 
@@ -60,8 +61,10 @@ def _told(stage: Any) -> list[tuple[int, str]]:
     out: list[tuple[int, str]] = []
     for event in sorted(stage.events, key=lambda e: e.start):
         frame = round(event.start * FPS)
-        named = f"The {stage.things[event.thing].name} {event.verb}."
-        out.append((frame, named if event.thing >= 0 else f"The scene becomes {stage.places[frame]}."))
+        # not which shape: tiny was never asked for colours, and 800 steps did not teach it to name them
+        out.append(
+            (frame, f"It {event.verb}." if event.thing >= 0 else f"The scene becomes {stage.places[frame]}.")
+        )
     return out
 
 
@@ -84,7 +87,8 @@ def lesson_loss(
     wanted = targets(out.maps[0], script, silent_id(model, config))
     loss, right = live_loss(out.logits[0], wanted, w=w), out.logits[0].argmax(-1) == wanted.labels
     said = (wanted.labels >= 0) & ~wanted.at_frame
-    return loss, {"frame_acc": float(right[wanted.at_frame].float().mean()), "word_acc": float(right[said].float().mean())}  # fmt: skip
+    shares = {"frame_acc": right[wanted.at_frame], "word_acc": right[said]}
+    return loss, {f"{item.task}:{name}": float(r.float().mean()) for name, r in shares.items()}
 
 
 def lessons(batch: int, seed: int, step: int) -> list[Lesson]:
@@ -164,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
-    model, config = load(args.base, device="cpu"), replace(Streaming.EXAMPLE, max_new_tokens=20)
+    model, config = load(args.base, device="cpu"), replace(Streaming.EXAMPLE, theta=THETA, max_new_tokens=20)
     with torch.no_grad():
         before = measured(model, config, args.check, 777)
     delta, how = train(

@@ -294,7 +294,8 @@ def _joined(rows: Sequence[Rows]) -> tuple[Door, TokenMap]:
         for i in range(depth)
     )
     maps = [r.tokens for r in rows]
-    columns = {f.name: torch.cat([getattr(m, f.name) for m in maps]) for f in fields(TokenMap) if f.name not in ("pieces", "parts", "n_layers", "n_heads")}  # fmt: skip
+    names = [n for n in TokenMap._per_position() if n != "pieces"]
+    columns = {n: torch.cat([getattr(m, n) for m in maps]) for n in names}
     tokens = replace(maps[0], pieces=tuple(p for m in maps for p in m.pieces), **columns)
     return Door(
         torch.cat([r.embeds for r in rows], 1), torch.cat([r.rope for r in rows], -1), None, deep
