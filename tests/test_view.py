@@ -383,8 +383,10 @@ def test_the_page_asks_the_network_for_nothing(page: str) -> None:
 def test_no_upload_button_and_no_cdn_however_a_figure_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     fig, shown = to_plotly(ALL["heat"]), []
     assert "sendChartToCloud" in CONFIG["modeBarButtonsToRemove"] and CONFIG["displaylogo"] is False
+    before = dict(CONFIG)
     for page in (fig.to_html(), fig._repr_html_()):
         assert '"modeBarButtonsToRemove": ["sendChartToCloud"' in page and "cdn.plot.ly/plotly" not in page
+    assert before == CONFIG  # plotly takes entries out of the config it is given
     monkeypatch.setattr("plotly.io.show", lambda *args, **kwargs: shown.append(kwargs["config"]))
     monkeypatch.setattr("plotly.io.renderers.render_on_display", True)
     monkeypatch.setattr("plotly.io.renderers.default", "plotly_mimetype")

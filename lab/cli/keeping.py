@@ -75,7 +75,9 @@ def kept(recipe: Recipe, out: Path) -> Kept | None:
 
 def made_with(recipe: Recipe) -> dict[str, Any]:
     """Everything besides the recipe that decides about the numbers, as names and hashes."""
-    packages = {k: v for k, v in versions().items() if k in ("python", "torch", "transformers", "numpy", "av")}
+    packages = {
+        k: v for k, v in versions().items() if k in ("python", "torch", "transformers", "numpy", "av")
+    }
     return {"code": code_hash(), **packages, "device": _device(), **dict(_sources(recipe, recipe.folder))}
 
 

@@ -35,13 +35,14 @@ class Figure(go.Figure):
     """A plotly figure that shows itself without plotly's upload button and without loading anything from the network."""
 
     def show(self, *args: Any, **kwargs: Any) -> None:
-        super().show(*args, **{"config": CONFIG, **kwargs})
+        # a copy: plotly takes entries out of the config it is given
+        super().show(*args, **{"config": dict(CONFIG), **kwargs})
 
     def to_html(self, *args: Any, **kwargs: Any) -> str:
-        return str(super().to_html(*args, **{"config": CONFIG, **kwargs}))
+        return str(super().to_html(*args, **{"config": dict(CONFIG), **kwargs}))
 
     def write_html(self, *args: Any, **kwargs: Any) -> None:
-        super().write_html(*args, **{"config": CONFIG, **kwargs})
+        super().write_html(*args, **{"config": dict(CONFIG), **kwargs})
 
     def _ipython_display_(self) -> None:  # a figure that ends a notebook cell
         if pio.renderers.render_on_display and pio.renderers.default:
