@@ -210,6 +210,7 @@ class AttributionPatchingRecipe(TwoWorlds):
     into: Literal["corrupted", "clean"] = "corrupted"
     against: str | None = None
     metric: Metric = "recovered"
+    steps: int = Field(default=1, ge=1)
     exact: bool = True
 
     def probe(self) -> Callable[..., Any]:

@@ -18,7 +18,6 @@ from typing import Any
 from pydantic import BaseModel
 
 from lab.benchmarks.folders import hash_of, question_files
-from lab.environment import versions
 from lab.errors import ConfigError, UsageError
 from lab.recipe import ROOTS, BenchmarkSpec, ItemFile, ModelSpec, Recipe, VideoSpec, dump, sha256_of
 from lab.result import Result, write_bytes
@@ -75,6 +74,8 @@ def kept(recipe: Recipe, out: Path) -> Kept | None:
 
 def made_with(recipe: Recipe) -> dict[str, Any]:
     """Everything besides the recipe that decides about the numbers, as names and hashes."""
+    from lab.environment import versions
+
     packages = {
         k: v for k, v in versions().items() if k in ("python", "torch", "transformers", "numpy", "av")
     }
