@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     model, named = load(args.model, device="cpu"), variants(args.ratio)
+    named = {n: m for n, m in named.items() if not args.only or n in ("vanilla", *args.only)}
     found: dict[str, Any] = {
         "setting": setting(), "model": args.model, "weights": weights_hash(args.model), "ratio": args.ratio,
         "items": args.items, "seed": args.seed,
