@@ -118,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--frames", nargs="*", type=int, default=[8, 48], help="frames of the clips that are timed"
     )
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument(
+        "--only", nargs="*", default=[], choices=list(variants(0.8)), help="these variants, beside vanilla"
+    )
     parser.add_argument("--out", help="json file; standard output if absent")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
