@@ -118,10 +118,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--frames", nargs="*", type=int, default=[8, 48], help="frames of the clips that are timed"
     )
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument(
+        "--only", nargs="*", default=[], choices=list(variants(0.8)), help="these variants, beside vanilla"
+    )
     parser.add_argument("--out", help="json file; standard output if absent")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     model, named = load(args.model, device="cpu"), variants(args.ratio)
+    named = {n: m for n, m in named.items() if not args.only or n in ("vanilla", *args.only)}
     found: dict[str, Any] = {
         "setting": setting(), "model": args.model, "weights": weights_hash(args.model), "ratio": args.ratio,
         "items": args.items, "seed": args.seed,
