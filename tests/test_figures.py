@@ -21,7 +21,7 @@ from lab.cli.main import main as vlab
 from lab.errors import ConfigError, RunError, UsageError
 from lab.recipe import FigureRecipe, from_plain, load
 from lab.result import Result
-from lab.view.matplotlib_out import SUFFIXES
+from lab.view.matplotlib_out import SUFFIXES, numbered
 from lab.view.plate_out import PAPER, plate_bytes, plate_matplotlib
 from lab.view.plates import COLUMN, FULL, Plate, one_scale
 from lab.view.specs import FigureSpec, figure_spec
@@ -387,4 +387,13 @@ def test_a_recipe_runs_on_another_model(tmp_path, capsys):
     assert (
         isinstance(load(tmp_path / "out" / "recipe.yaml"), FigureRecipe)
         and os.path.getsize(tmp_path / "out" / "flow.png") > 1000
+    )
+
+
+def test_names_of_clip_paths_do_not_hang_on_the_last_bit_of_a_coordinate():
+    one = b'<g clip-path="url(#p9fb36d1277)"/><g clip-path="url(#p0ce0342847)"/><clipPath id="p9fb36d1277">'
+    other = one.replace(b"p9fb36d1277", b"p0ff1278298")
+    assert numbered(one) == numbered(other) and numbered(one).count(b"clip1") == 2
+    assert b"clip2" in numbered(one) and numbered(one.replace(b"p0ce0342847", b"p9fb36d1277")) != numbered(
+        one
     )

@@ -6,6 +6,7 @@ The same FigureSpec gives the same bytes, whatever style the user has set.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,14 @@ def image_bytes(spec: FigureSpec, suffix: str, *, dpi: int = 150) -> bytes:
     fig, out = to_matplotlib(spec), io.BytesIO()
     with styled():
         fig.savefig(out, format=suffix[1:], dpi=dpi, metadata=_metadata(spec, suffix))
-    return out.getvalue()
+    return numbered(out.getvalue()) if suffix == ".svg" else out.getvalue()
+
+
+def numbered(svg: bytes) -> bytes:
+    """The picture with its clip paths numbered as they appear: matplotlib names them by the hash of coordinates, whose
+    last bits the layout's solver does not repeat."""
+    names: dict[bytes, bytes] = {}
+    return re.sub(rb"\bp[0-9a-f]{10}\b", lambda m: names.setdefault(m[0], b"clip%d" % (len(names) + 1)), svg)
 
 
 def save_image(spec: FigureSpec, path: str | Path, *, dpi: int = 150) -> Path:

@@ -17,7 +17,7 @@ from matplotlib.figure import SubFigure
 
 from lab.errors import UsageError
 from lab.result import Result, write_bytes
-from lab.view.matplotlib_out import SUFFIXES, draw_on, styled
+from lab.view.matplotlib_out import SUFFIXES, draw_on, numbered, styled
 from lab.view.pages import report
 from lab.view.plates import Plate
 from lab.view.specs import FigureSpec, wrapped
@@ -123,7 +123,7 @@ def plate_bytes(plate: Plate, suffix: str, *, about: str = "") -> bytes:
     named = {"Title": plate.title, "Subject" if suffix == ".pdf" else "Description": about}
     with paper():
         fig.savefig(out, format=suffix[1:], dpi=DPI, metadata={**EMPTY[suffix], **named})
-    return out.getvalue()
+    return numbered(out.getvalue()) if suffix == ".svg" else out.getvalue()
 
 
 def save_plate(
