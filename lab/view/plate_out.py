@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
@@ -122,8 +123,21 @@ def plate_bytes(plate: Plate, suffix: str, *, about: str = "") -> bytes:
     fig, out = plate_matplotlib(plate), io.BytesIO()
     named = {"Title": plate.title, "Subject" if suffix == ".pdf" else "Description": about}
     with paper():
+        _settle(fig)
         fig.savefig(out, format=suffix[1:], dpi=DPI, metadata={**EMPTY[suffix], **named})
     return numbered(out.getvalue()) if suffix == ".svg" else out.getvalue()
+
+
+def _settle(fig: Picture) -> None:
+    """Everything where the layout puts it, rounded: the last bits that its solver finds differ from run to run."""
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")
+    for part in fig.subfigs:
+        box = part.bbox_relative
+        box.set_points(np.round(box.get_points(), 6))
+    for ax in fig.axes:
+        left, bottom, width, height = np.round(ax.get_position(original=True).bounds, 6)
+        ax.set_position((left, bottom, width, height))
 
 
 def save_plate(
