@@ -2,6 +2,7 @@
 
     python -m lab.bench.prune --out out/prune                                      # the five temporal tasks
     python -m lab.bench.prune --tasks moving_direction --holdout 200 --out out/md  # a quick look
+    python -m lab.bench.prune --model planted:plain --out out/plain --more-frames 0   # a model whose circuit is known
 
 1 three searches on three draws of calibration items, and how far their policies agree   2 the first policy beside every
 baseline on `--table` held-out items   3 the first policy, the paper's scaled one and the two earliest exits that may do on
@@ -29,10 +30,12 @@ from lab.edges.policy import Policy
 from lab.edges.searching import Found, search
 from lab.model.zoo import load
 from lab.result import Result
+from lab.sim.planted import planted_model, questions
 from lab.sim.tasks import TEMPORAL, draw_items
 from lab.view.draw import save
 from probes.prune import DRAWN, WORTH, liveness, proven, unit_map
 
+PLANTED = "planted"
 SEED, TEST_SEED = 1000, 9
 AIMS = {"kept_video": 0.25, "drop_bound": 0.01, "flips": 0.03, "forwards_per_item": 80.0}
 EXTRA_FRAMES = (12, 16)
@@ -40,18 +43,29 @@ RUNGS = 10
 FAR = 0.05  # an exit that loses more in the table is not tried on all held-out items
 
 
+def model_of(name: str) -> Any:
+    """A model by its name; `planted:plain` and the like are those of `lab.sim.planted`."""
+    kind, _, variant = name.partition(":")
+    return planted_model(variant) if kind == PLANTED else load(name)  # type: ignore[arg-type]
+
+
+def drawn(task: str, n: int, seed: int, **kw: Any) -> list[VideoQA]:
+    """`n` questions of a task, or of the planted models."""
+    return questions(n, seed, steady=False) if task == PLANTED else draw_items(task, n, seed, **kw)
+
+
 def calibration(tasks: Sequence[str], n: int, seed: int) -> list[VideoQA]:
     """About `n` items, the same number of every task."""
     each = -(-n // len(tasks))
-    return [item for task in tasks for item in draw_items(task, each, SEED + seed)]
+    return [item for task in tasks for item in drawn(task, each, SEED + seed)]
 
 
 def holdout(tasks: Sequence[str], n: int, taken: Sequence[VideoQA], **kw: Any) -> list[VideoQA]:
     """About `n` other items; those whose video and question were calibrated on are left out."""
     known = {_name(i) for i in taken}
     each = -(-n // len(tasks))
-    drawn = (item for task in tasks for item in draw_items(task, each, TEST_SEED, **kw))
-    return [item for item in drawn if _name(item) not in known]
+    items = (item for task in tasks for item in drawn(task, each, TEST_SEED, **kw))
+    return [item for item in items if _name(item) not in known]
 
 
 def _name(item: VideoQA) -> tuple[str, str, tuple[str, ...]]:
@@ -123,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Search, evidence and export of a pruning policy on simulated tasks."
     )
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--tasks", nargs="+", default=list(TEMPORAL))
+    parser.add_argument("--tasks", nargs="+", help="default: the five temporal tasks")
     parser.add_argument(
         "--calibration", type=int, default=160, help="calibration items of each search, all tasks together"
     )
@@ -133,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--table", type=int, default=250, help="held-out items of the table with every baseline"
     )
     parser.add_argument(
-        "--more-frames", type=int, default=200, help="held-out items at 12 and 16 frames each"
+        "--more-frames", type=int, default=200, help="held-out items at 12 and 16 frames each; 0: none"
     )
     parser.add_argument("--kl", type=float, default=0.05)
     parser.add_argument("--flips", type=float, default=0.03)
@@ -142,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="out/prune")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    out, model = Path(args.out), load(args.model)
+    out, model = Path(args.out), model_of(args.model)
+    args.tasks = args.tasks or ([PLANTED] if args.model.startswith(PLANTED) else list(TEMPORAL))
     found = searches(model, args, out)
     policy, trail = found["seed 0"]
     for name, f in found.items():  # at once: the evaluation takes long
@@ -174,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             out=out / f"frames-{f}",
         )
         for f in EXTRA_FRAMES
+        if args.more_frames
     }
     for name, r in {**pictures, "table": table, "claim": told, "trail": trail, **longer}.items():
         r.save(out / f"{name.replace(' ', '-')}.npz")

@@ -26,6 +26,7 @@ from lab.edges.closure import closure_of
 from lab.edges.fingerprints import Calibration
 from lab.edges.found import as_policy, plain_unit
 from lab.edges.identity import weights_id
+from lab.edges.knapsack import fill
 from lab.edges.policy import Policy
 from lab.edges.reuse import staged
 from lab.edges.scoring import scores as scores_of
@@ -39,12 +40,13 @@ from lab.recipe import Recipe as Owner  # not listed among the recipes that can 
 from lab.result import Result
 from lab.runs import Cancel, Cancelled, Ledger, Run, progress
 
-Method = Literal["acdc", "greedy"]
+Method = Literal["acdc", "greedy", "knapsack"]
 Layers = Literal["free", "contiguous"]
 Scope = Literal["global", "task", "sample"]
 Bundle = tuple[Unit, ...]  # units that are cut together or not at all
 MEASURES = ("accepted", "kl", "kl_bound", "flips", "flips_bound", "kept", "kept_video", "forwards")
 SLACK = 3.0  # how many times its share of the remaining edges a set may take of the remaining budget
+SAMPLE = 2.0  # the most forwards that one sample of a trial takes: its clean run made again, and the cut one
 FLOOR = 0.02  # share of the KL budget that sets without weight may take, all together
 FINER: tuple[Grain, ...] = ("option", "head")
 
@@ -289,30 +291,36 @@ class Searcher:
     def search(self, show: bool) -> None:
         """Carries the search out; stops early, without a word, when the forwards are spent."""
         try:
-            self._bury()
+            self.bury()
+            self._carry_out(show)
+        except _Enough:
+            self.stopped = "forwards spent"
+        self.bury()
+
+    def _carry_out(self, show: bool) -> None:
+        if self.asked.method == "knapsack":
+            fill(self, show=show)
+        else:
             self._exit()
             (self._greedy if self.asked.method == "greedy" else self._descend)(show)
             self._polish()
-        except _Enough:
-            self.stopped = "forwards spent"
-        self._bury()
 
     def _exit(self) -> None:
         """Nobody reads video from some layer on: as early as it can be had."""
         for first in reversed(range(self.n_layers)):
-            group = [u for u in self.units if u.k == "video" and u.layer >= first and self._open(u)]
+            group = [u for u in self.units if u.k == "video" and u.layer >= first and self.open(u)]
             if group and not self.attempt(f"video exits after layer {first}", [tuple(group)]):
                 return
-            self._bury()
+            self.bury()
 
     def _descend(self, show: bool) -> None:
         layers = list(reversed(range(self.n_layers)))
         for layer in progress(layers, desc="search", show=show, cancel=self.cancel):
             if self._due(layer):
-                self._relinearise()
+                self.relinearise()
             until = self._allotment(layer)
-            self._bury()
-            here = [u for u in self.units if u.layer == layer and self._open(u)]
+            self.bury()
+            here = [u for u in self.units if u.layer == layer and self.open(u)]
             for group in self._groups(here):
                 self.take([self._bundle(u) for u in group], until)
 
@@ -320,7 +328,7 @@ class Searcher:
         every, done = self.asked.relinearise, self.n_layers - 1 - layer
         return bool(every and self.guess and self.cut and done and done % every == 0)
 
-    def _relinearise(self) -> None:
+    def relinearise(self) -> None:
         """Scores under what is cut so far: what the layers below are worth once those above read less."""
         policy = as_policy(self.trials, self.asked.roles, self.cut, ())
         found = scores_of(self.trials.model, list(self.trials.readies), policy=policy, show_progress=False)
@@ -333,9 +341,9 @@ class Searcher:
         chosen = self.guess.knapsack(units, self.weight) if self.guess else set[Unit]()
         rest = [u for u in units if u not in chosen]
         groups = [sorted(chosen), [u for u in rest if u.q != "video"], [u for u in rest if u.q == "video"]]
-        return [self._ordered(g) for g in groups if g]
+        return [self.ordered(g) for g in groups if g]
 
-    def _ordered(self, units: Iterable[Unit]) -> list[Unit]:
+    def ordered(self, units: Iterable[Unit]) -> list[Unit]:
         """Least predicted loss for its weight first; without scores the heaviest first."""
         if self.guess is None:
             return sorted(units, key=lambda u: (-self.weight(u), u))
@@ -344,15 +352,15 @@ class Searcher:
 
     def _greedy(self, show: bool) -> None:
         """The cheapest first, in batches that double when they hold and halve when they do not."""
-        left, size = self._ordered([u for u in self.units if self._open(u)]), 8
+        left, size = self.ordered([u for u in self.units if self.open(u)]), 8
         while left:
             if self.cancel is not None:
                 self.cancel.check()
             batch = left[:size]
             if self.attempt(f"{len(batch)} cheapest units", [(u,) for u in batch]):
                 left, size = left[size:], 2 * size
-                self._bury()
-                left = [u for u in left if self._open(u)]
+                self.bury()
+                left = [u for u in left if self.open(u)]
             elif len(batch) > 1:
                 size = len(batch) // 2
             else:
@@ -363,7 +371,7 @@ class Searcher:
         """Kept units once more, those that cost least for their weight first; a trial may take all that is left."""
         order = sorted(self.rejected, key=lambda u: (self.rejected[u] / max(self.weight(u), 1e-9), u))
         for unit in order[: 2 * self.n_layers]:
-            if self._open(unit) and self.asked.layers == "free":
+            if self.open(unit) and self.asked.layers == "free":
                 self.attempt(f"again {unit}", [(unit,)], share=1.0)
 
     # ---- groups -----------------------------------------------------------------------------------------------------
@@ -374,7 +382,7 @@ class Searcher:
         until  forwards after which single bundles are kept whole instead of parted
         bad    mean KL of all together, if they were too much already
         """
-        bundles = [b for b in bundles if any(self._open(u) for u in b)]
+        bundles = [b for b in bundles if any(self.open(u) for u in b)]
         if not bundles or (bad is None and self.attempt(_title(bundles), bundles)):
             return
         seen = self.steps[-1].effect.mean_kl if bad is None else bad
@@ -395,14 +403,14 @@ class Searcher:
         if self.spent.forwards > until or self.weight(unit) < self.asked.worth * self.total:
             return
         for grain in self.asked.finer:
-            parts = self._split(unit, grain)
+            parts = self.split(unit, grain)
             if len(parts) > 1:
                 self.take(
-                    [self._bundle(p) for p in self._ordered(parts)], until, self.rejected.get(unit, 0.0)
+                    [self._bundle(p) for p in self.ordered(parts)], until, self.rejected.get(unit, 0.0)
                 )
                 return
 
-    def _split(self, unit: Unit, grain: Grain) -> list[Unit]:
+    def split(self, unit: Unit, grain: Grain) -> list[Unit]:
         if (grain == "head" and unit.heads) or (grain == "distance" and unit.where):
             return [unit]
         options = max((len(r.item.options) for r in self.trials.readies if r.item is not None), default=0)
@@ -419,13 +427,13 @@ class Searcher:
             replace(unit, layer=layer) for layer in range(unit.layer, -1, -1) if self._softmax(layer)
         )
 
-    def _open(self, unit: Unit) -> bool:
+    def open(self, unit: Unit) -> bool:
         """Whether it is not cut yet, in whole or in part, nor dead."""
         return not any(u in self.cut or u in self.dead for u in wholes(unit))
 
     def _allotment(self, layer: int) -> float:
         """Forwards that may be spent when this layer is done: what is left, in proportion to the layers a trial runs."""
-        left = self.asked.budget.forwards * len(self.trials) - self.spent.forwards
+        left = self.left()
         work = [self.n_layers - i for i in range(layer + 1)]
         return self.spent.forwards + max(0.0, left) * work[-1] / sum(work)
 
@@ -444,15 +452,18 @@ class Searcher:
             self.cut |= set(units)
             self.effect = effect
         elif len(bundles) == 1:
-            seen = min(effect.mean_kl, self.rejected.get(bundles[0][0], np.inf))
-            self.rejected[bundles[0][0]] = seen
+            self.reject(bundles[0][0], effect.mean_kl)
         return accepted
+
+    def reject(self, unit: Unit, kl: float) -> None:
+        """A unit is kept for now: cutting it on top of what is cut gave this mean KL."""
+        self.rejected[unit] = min(kl, self.rejected.get(unit, np.inf))
 
     def _limits(self, units: Sequence[Unit], share: float | None) -> tuple[float, int]:
         """Largest mean KL and most flips allowed if these units are cut too."""
         b, now = self.asked.budget, self.effect
         if share is None:
-            undecided = {u for u in self.units if self._open(u) and u not in self.rejected}
+            undecided = {u for u in self.units if self.open(u) and u not in self.rejected}
             # exact sums: sets have no order of their own, and limits name entries of the journal
             rest = fsum(map(self.weight, undecided - set(units)))
             mine = fsum(map(self.weight, units))
@@ -470,33 +481,54 @@ class Searcher:
         return effect.whole and effect.bounds(b.confidence)[0] > b.kl
 
     def _measured(self, units: Sequence[Unit], most_kl: float, most_flips: int) -> Effect:
-        """The effect of what is cut and these units; from the journal if it is there."""
+        """The effect of what is cut and these units, as far as it takes to know that it is too much."""
         wanted = frozenset(self.cut) | set(units)  # dead units change nothing, and would only make rows run
         key = _key(len(self.steps), wanted, most_kl, most_flips)
+        return self._run(key, wanted, lambda e: self._too_much(e, most_kl, most_flips))
+
+    def look(self, units: Sequence[Unit], samples: Sequence[int]) -> Effect:
+        """What some units on top of what is cut do to some samples; not a step of the search. Journalled."""
+        wanted = frozenset(self.cut) | set(units)
+        key = f"{_key(len(self.steps), wanted, 0.0, 0)}|{','.join(map(str, samples))}"
+        return self._run(key, wanted, lambda e: False, samples)
+
+    def _run(
+        self, key: str, wanted: frozenset[Unit], too_much: Callable[[Effect], bool], only: Sequence[int] | None = None
+    ) -> Effect:
+        """A trial, or what the journal knows of it. Raises _Enough if there are not the forwards to finish it."""
         if self.run_ is not None and self.run_.done(key):
-            found = self.run_.results()[key]
-            effect, spent = Effect.read(found["effect"]), Ledger(**found["spent"])
-            self.trials.learn(effect)
-            self.spent += spent
-            return effect
-        if self.spent.forwards >= self.asked.budget.forwards * len(self.trials):
-            raise _Enough
+            return self._known(self.run_.results()[key])
         if self.cancel is not None:
             self.cancel.check()
         before = self.trials.spent
-        effect = self.trials.effect(wanted, lambda e: self._too_much(e, most_kl, most_flips))
+        most = before.forwards + self.left() - SAMPLE
+        if most < before.forwards:
+            raise _Enough
+        effect = self.trials.effect(wanted, lambda e: too_much(e) or self.trials.spent.forwards > most, only)
         now = self.trials.spent
         spent = Ledger(
             now.forwards - before.forwards, now.naive - before.naive, now.tower_calls - before.tower_calls
         )
         self.spent += spent
+        if effect.seen.sum() < len(only or self.trials) and not too_much(effect):
+            raise _Enough  # broken off for want of forwards: says nothing about the units
         if self.run_ is not None:
             self.run_.record(key, {"effect": effect.plain(), "spent": spent.plain()}, spent)
         return effect
 
+    def _known(self, found: Mapping[str, Any]) -> Effect:
+        effect = Effect.read(found["effect"])
+        self.trials.learn(effect)
+        self.spent += Ledger(**found["spent"])
+        return effect
+
+    def left(self) -> float:
+        """Forwards of all samples together that may still be spent."""
+        return self.asked.budget.forwards * len(self.trials) - self.spent.forwards
+
     # ---- what is dead -----------------------------------------------------------------------------------------------
 
-    def _bury(self) -> None:
+    def bury(self) -> None:
         """Units whose queries reach nothing in any layout: cutting them changes nothing, exactly."""
         alive: set[tuple[int, str]] = set()
         for grid, _ in self.trials.layouts:
@@ -518,7 +550,7 @@ class Searcher:
         """The finest units that were tried and kept, with the least mean KL seen when they were cut."""
         tried = {*self.rejected, *self.cut}
         parted = {w for u in tried for w in wholes(u) if w != u}
-        return {u: kl for u, kl in self.rejected.items() if self._open(u) and u not in parted}
+        return {u: kl for u, kl in self.rejected.items() if self.open(u) and u not in parted}
 
     def policy(self, owner: str) -> Policy:
         """What is cut so far, as a policy."""

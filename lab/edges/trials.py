@@ -178,10 +178,12 @@ class Trials:
 
     # ---- measuring --------------------------------------------------------------------------------------------------
 
-    def effect(self, units: Collection[Unit], hopeless: Hopeless | None = None) -> Effect:
-        """What cutting the units does to every sample. Given up when `hopeless` says so."""
+    def effect(
+        self, units: Collection[Unit], hopeless: Hopeless | None = None, only: Sequence[int] | None = None
+    ) -> Effect:
+        """What cutting the units does to every sample (to those of `only`). Given up when `hopeless` says so."""
         out = Effect(*(np.full(len(self), np.nan) for _ in range(3)))
-        for i in np.argsort(-self._suffered, kind="stable").tolist():
+        for i in np.argsort(-self._suffered, kind="stable").tolist() if only is None else only:
             out.kl[i], out.flips[i], out.margin[i] = self._sample(i, units)
             if hopeless is not None and hopeless(out):
                 break

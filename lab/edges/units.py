@@ -148,7 +148,8 @@ class Grid:
         self.bound = Bound(Policy(cuts=()), tokens, n_layers, n_heads, item)
         self.n_heads = n_heads
         self._pairs: dict[tuple[str, str, str], Tensor] = {}
-        self._layers: dict[frozenset[Unit], Tensor] = {}
+        self._layers: dict[frozenset[Unit], Tensor | None] = {}
+        self._latest: tuple[frozenset[Unit], dict[int, Tensor]] = (frozenset(), {})
         self._exists = self.bound.exists()
 
     @staticmethod
@@ -177,15 +178,25 @@ class Grid:
 
     def cuts(self, units: Iterable[Unit]) -> dict[int, Tensor]:
         """0-based layer -> removed edges, bool [q, k] or [head, q, k]: what the executors take."""
+        units = frozenset(units)  # a trial asks for the same ones on every sample
+        if units != self._latest[0]:
+            self._latest = units, self._made(units)
+        return self._latest[1]
+
+    def _made(self, units: frozenset[Unit]) -> dict[int, Tensor]:
         by_layer: dict[int, set[Unit]] = {}
         for u in units:
-            by_layer.setdefault(u.layer, set()).add(replace(u, layer=0))
+            by_layer.setdefault(u.layer, set()).add(u)
         made = {layer: self._layer(frozenset(some)) for layer, some in by_layer.items()}
-        return {layer: mask for layer, mask in made.items() if bool(mask.any())}
+        return {layer: mask for layer, mask in made.items() if mask is not None}
 
-    def _layer(self, units: frozenset[Unit]) -> Tensor:
-        found = self._layers.pop(units, None)
-        found = self._joined(units) if found is None else found
+    def _layer(self, units: frozenset[Unit]) -> Tensor | None:
+        """The mask of one layer's units, None if this prompt has none of their edges."""
+        if units in self._layers:
+            found = self._layers.pop(units)
+        else:
+            found = self._joined(units)
+            found = found if bool(found.any()) else None
         self._layers[units] = found  # the latest last
         while len(self._layers) > 4 * self.bound.n_layers:
             self._layers.pop(next(iter(self._layers)))

@@ -62,11 +62,12 @@ def learning(root: nn.Module, rank: int, *, seed: int = 0) -> Iterator[dict[str,
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
 
 
-def taken(added: Mapping[str, nn.Module]) -> Delta:
-    """A and B of what `learning` yielded, detached."""
-    return {
+def taken(added: Mapping[str, nn.Module], dtype: torch.dtype = torch.float32) -> Delta:
+    """A and B of what `learning` yielded, detached, rounded to `dtype`."""
+    copies = {
         n: (m.a.detach().clone(), m.b.detach().clone()) for n, m in added.items() if isinstance(m, _Added)
     }
+    return {n: (a.to(dtype), b.to(dtype)) for n, (a, b) in copies.items()}
 
 
 @contextmanager

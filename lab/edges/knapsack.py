@@ -1,0 +1,74 @@
+"""Search by scores: the finest units of all layers together, least predicted loss for their weight first.
+
+Each round 1 scores what is left under what is cut already (`lab.edges.scores`; linear predictions go stale as cuts add
+up)   2 cuts units in that order, many at once: as long as far too many are tried, fewer   3 where a run of them is too
+much, finds the unit to blame on the samples that suffered most, keeps it for this round and tries the run without it.
+A trial that fails does so on its first samples and costs little; one that holds costs a forward a sample, so there
+should be few of them, and large. Rounds share what is left of the budget, so that the first one, whose scores know
+least, cannot spend it all. Scores order the trials; every cut is tried exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+import numpy as np
+
+from lab.edges.units import Unit
+from lab.runs import progress
+
+ROUNDS = 4
+SCORING = 4.0  # forwards a sample that scores take: one forward, one backward with sums on the way
+COARSE = 8  # a run longer than this part of what there is to cut is halved when it fails; a shorter one loses its culprit
+CULPRITS = 16  # a round ends after so many; the last one goes on
+LOOKED_AT = 4  # samples that blame is found on
+
+
+def fill(search: Any, *, show: bool) -> None:
+    """Carry the rounds out on a `lab.edges.searching.Searcher`, until its forwards are spent."""
+    for done in progress(range(ROUNDS), desc="search", show=show, cancel=search.cancel):
+        last = done == ROUNDS - 1
+        if (done or search.guess is None) and search.left() > 2 * SCORING * len(search.trials):
+            search.relinearise()
+        _fill(search, search.ordered(_leaves(search)), share=1 / (ROUNDS - done), spare=inf if last else CULPRITS)
+
+
+def _leaves(search: Any) -> list[Unit]:
+    """What is not cut yet, parted at every grain asked for."""
+    units = [u for u in search.units if search.open(u)]
+    for grain in search.asked.finer:
+        units = [part for u in units for part in search.split(u, grain)]
+    return [u for u in units if search.open(u)]
+
+
+def _fill(search: Any, order: Sequence[Unit], *, share: float, spare: float) -> None:
+    """One round. share: of what is left of the budget; spare: culprits until it ends."""
+    left, size, fine = list(order), len(order), max(1, len(order) // COARSE)
+    while left and spare > 0:
+        run = left[:size]
+        if search.attempt(f"{len(run)} units of least loss", [(u,) for u in run], share=share):
+            search.bury()
+            left, size = [u for u in left[size:] if search.open(u)], 2 * size
+        elif len(run) > fine:
+            size = max(fine, len(run) // 2)
+        else:
+            kept = culprit(search, run)
+            search.reject(kept, search.steps[-1].effect.mean_kl)
+            left.remove(kept)
+            spare -= 1
+
+
+def culprit(search: Any, run: Sequence[Unit]) -> Unit:
+    """The unit of a run just refused with which, in its order, half of what the run did is done."""
+    bad, before = search.steps[-1].effect.kl, search.effect.kl
+    harm = np.nan_to_num(bad - before)
+    samples = np.argsort(-harm, kind="stable")[: min(LOOKED_AT, int(np.isfinite(bad).sum()))].tolist()
+    low, high = 0, len(run)  # units in: with `low` less than half is done, with `high` at least half
+    while high - low > 1:
+        middle = (low + high) // 2
+        done = search.look(run[:middle], samples).kl - before
+        enough = done[samples].sum() >= harm[samples].sum() / 2
+        low, high = (low, middle) if enough else (middle, high)
+    return run[high - 1]
