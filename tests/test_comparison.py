@@ -320,6 +320,11 @@ def test_the_command_line_and_its_recipe(tmp_path, capsys):
         (["--mechanism", "vidkv:bits=3"], "no field 'bits'"),
         (["--mechanism", "vidkv:key_bits"], "keep=0.2"),
         (["--mechanism", "vidkv:key_bits=3"], "key_bits=3"),
+        (["--mechanism", "mixture_of_depths:keep=1.5"], "keep=1.5"),
+        (["--mechanism", "mixture_of_depths:keep=.nan"], "keep=nan"),
+        (["--mechanism", "vidkv+vidkv"], "two mechanisms fill the cache slot"),
+        (["--mechanism", "a=vidkv", "--mechanism", "a=segment_merging"], "is called 'a', as another one"),
+        (["--mechanism", "=vidkv"], "no label before the ="),
         ([], "nothing to compare"),
     ):
         assert main([*line[:3], *wrong, "--out", str(tmp_path / "c")]) == 2
@@ -343,9 +348,44 @@ def test_what_makes_no_comparison_is_refused(small):
         ({"a": (small, MixtureOfDepths())}, "vidkv", item, "without mechanisms"),
         ({"a": small, "b": small}, {"b": []}, item, "two variants are called"),
         ({"a": small, "b": shelf_models.model(layers=2)}, None, item, "one shape"),
+        (small, "vidkv", None, "got NoneType"),
+        (small, "vidkv", [item, None], "got NoneType"),
+        (small, "vidkv", small.prepare(item, mechanisms=[DROPS]), "prepared with mechanisms"),
+        (small, {"x": ["vidkv", "vidkv"]}, item, "vidkv.QuantisedCache and vidkv.QuantisedCache"),
     ):
         with pytest.raises(UsageError, match=says):
             compare(models, mechanisms, items, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"rounds": -1}, "rounds must be"), ({"rounds": float("nan")}, "rounds must be"), ({"window": 0}, "window must be"),
+        ({"new_tokens": 0}, "new_tokens must be"), ({"seed": "x"}, "seed must be"), ({"n_frames": 0}, "n_frames"),
+        ({"pathways": "nowhere"}, "pathway 'nowhere'"), ({"pathways": ("cross-frame", "video->lasst")}, "lasst"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(small, setting, says):
+    with pytest.raises(UsageError, match=says):
+        compare(small, "vidkv", shelf_models.question(), **{"rounds": 0, "show_progress": False} | setting)
+
+
+def test_a_pathway_that_only_some_questions_have_is_nan_in_the_others(small):
+    alone = replace(shelf_models.question(), options=(), answer="left", id="open")
+    found = asked(small, DROPS, pathways="video->option")
+    assert found["knockout"].coords["pathway"] == ["video->option"]
+    items = [alone, shelf_models.question()]
+    how = {
+        "rounds": 0,
+        "controls": False,
+        "new_tokens": 1,
+        "show_progress": False,
+        "pathways": ["video->option"],
+    }
+    cut = compare(small, DROPS, (i for i in items), **how)["knockout"].values
+    assert np.isnan(cut[0]).all() and np.isfinite(cut[1]).all()
+    with pytest.raises(UsageError, match="option"):
+        compare(small, DROPS, alone, **how)
 
 
 def test_names_of_mechanisms():

@@ -580,7 +580,7 @@ def test_oracle_scores_are_gradients(model: VideoLLM) -> None:
         ({"keep": 1.5}, "0..1"), ({"keep": float("nan")}, "0..1"), ({"keep": (0.5, -1.0)}, "0..1"),
         ({"selector": "best"}, "learned, random"), ({"gate": "sigmoid"}, "tanh1"), ({"layers": "some"}, "interleaved"),
         ({"compat": "released"}, "p_mod"), ({"routed": "prefix"}, "scope='sequence'"), ({"selector": "oracle"}, "oracle_scores"),
-        ({"least": -1}, "least >= 0"), ({"first": "deep"}, "half"), ({"threshold": 0.5, "selector": "norm"}, "learned scores"),
+        ({"least": -1}, "whole number from 0"), ({"keep": None}, "0..1"), ({"keep": True}, "0..1"), ({"keep": "0.2"}, "0..1"), ({"layers": 5}, "0-based"), ({"layers": ("x",)}, "whole number"), ({"seed": 1.5}, "whole number"), ({"tanh_scale": "x"}, "must be a number"), ({"threshold": float("nan")}, "must be a number"), ({"first": "deep"}, "half"), ({"threshold": 0.5, "selector": "norm"}, "learned scores"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(bad: dict[str, Any], says: str) -> None:
