@@ -18,7 +18,7 @@ def check_whole(name: str, value: Any, low: int | None = None) -> None:
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
     """A number from `low` to `high`; nan is none, and a bool neither."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
         end = "" if high == float("inf") else f" to {high:g}"
         raise UsageError(f"{name} must be a number from {low:g}{end}, got {value!r}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lab.carriers import VideoQA
 from lab.comparison.recipes import CompareRecipe
@@ -59,8 +59,8 @@ def compare(
 def _questions(items: Any, n_frames: int) -> tuple[list[VideoQA], list[dict[str, Any]]]:
     if isinstance(items, str | Path | Mapping):
         items = load_items(items)
-    alone = isinstance(items, VideoQA | Ready) or not isinstance(items, Iterable)
-    given = [items] if alone else list(items)
+    one = isinstance(items, VideoQA | Ready) or not isinstance(items, Iterable)
+    given: list[Any] = [items] if one else list(cast(Iterable[Any], items))
     if not given:
         raise UsageError("a comparison asks questions about videos, got none")
     asked = [_question(i) for i in given]

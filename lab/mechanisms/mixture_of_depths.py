@@ -295,10 +295,9 @@ def _check_numbers(m: MixtureOfDepths) -> None:
         object.__setattr__(m, "keep", tuple(m.keep))
     ratios = () if isinstance(m.keep, ShiftedCosine) else m.keep if isinstance(m.keep, tuple) else (m.keep,)
     for r in ratios:
-        known = isinstance(r, Real) and not isinstance(r, bool)
-        if not (r is None and isinstance(m.keep, tuple)) and not (
-            known and 0 <= r <= 1
-        ):  # nan is refused too
+        if r is None and isinstance(m.keep, tuple):
+            continue
+        if isinstance(r, bool) or not isinstance(r, Real) or not 0 <= float(r) <= 1:  # nan is refused too
             raise UsageError(f"keep={r!r}: a share of tokens lies in 0..1")
     check_whole("least", m.least, 0)
     check_whole("seed", m.seed)
