@@ -23,7 +23,7 @@ from lab.mechanisms.vidkv import Keys, QuantisedCache, Values, VidKV
 from lab.model.answering import target_logits
 from lab.model.cache import KVCache
 from lab.slots import Plan
-from tests import families, shelf_models
+from tests import shelf_models
 
 LAYERS = 4
 MOD = MixtureOfDepths(keep=0.3, gate="none", seed=3)
