@@ -252,6 +252,12 @@ def test_controls_stand_beside_their_mechanisms(small):
     lines = {tuple(s.title for s in p.shown if hasattr(s, "title")): p.lines for p in parts}
     attention = [t for t in lines if t and t[0].startswith("Attention: ")]
     assert [len(t) for t in attention] == [2, 1] and "drop, random minus" in attention[0][1]
+    tables = [
+        s for p in parts for s in p.shown if getattr(s, "title", "").startswith("What each pathway carries")
+    ]
+    assert tables[0].columns == ("Variant", "video\n->last") and [
+        r[1].count("\n") for r in tables[0].rows
+    ] == [0, 1, 1, 1]
     cut = next(t for t in lines if t and t[0].startswith("Knock-out of video->last"))
     assert lines[cut] == [2]
     heat = next(

@@ -210,23 +210,28 @@ def _knockouts(r: Results) -> list[Part]:
         ], 2)
         for w in ways
     ]  # fmt: skip
-    return [*drawn, Part([_numbers(r[n], form) for n, form in (("carried", ".0f"), ("centre", ".1f"))])]
+    return [
+        *drawn,
+        Part([_numbers(r[n], form, r["centre"]) for n, form in (("carried", ".0f"), ("centre", ".1f"))]),
+    ]
 
 
 def _cut(way: str) -> str:
     return f"Knock-out of {way} (% change in p; below 0: lost)"
 
 
-def _numbers(result: Result, form: str) -> FigureSpec:
-    """A table with intervals; of the variants also how far they are from vanilla, question by question."""
+def _numbers(result: Result, form: str, centres: Result) -> FigureSpec:
+    """A table with intervals, and how far the variants are from vanilla; of pathways that are felt in some question."""
     mean, change = result.mean("item"), shift(result).mean("item")
     names, ways = mean.coords["variant"], mean.coords["pathway"]
+    felt = [j for j in range(len(ways)) if np.isfinite(centres.values[..., j]).any()]
     cells = [
-        [_cell(mean, change, (i, j), form, own=v == mean.notes["vanilla"]) for j in range(len(ways))]
+        [_cell(mean, change, (i, j), form, own=v == mean.notes["vanilla"]) for j in felt]
         for i, v in enumerate(names)
     ]
+    heads = [ways[j].replace("->", "\n->") for j in felt]  # narrow
     said = "in the second line minus vanilla's, question by question; in brackets 95 % bootstrap intervals"
-    return replace(_wide(f"{result.name}: {result.unit}", ways, names, cells), unit=said)
+    return replace(_wide(f"{result.name}: {result.unit}", heads, names, cells), unit=said)
 
 
 def _cell(mean: Result, change: Result, place: tuple[int, int], form: str, *, own: bool) -> str:
