@@ -59,7 +59,11 @@ def _kept(r: Results, name: str) -> str:
     read = _mean(r["tokens"], name)
     said = f"{100 * read / whole:.0f} % of the video tokens are read" if abs(read - whole) > 0.5 else ""
     thin = ran < read / whole - 0.01
-    skip = f"{int(thin.sum())} layers run {100 * float(ran[thin].mean()):.0f} % of them" if thin.any() else ""
+    skip = (
+        f"{int(thin.sum())} layers run {100 * float(ran[thin].mean()):.0f} % of vanilla's video tokens"
+        if thin.any()
+        else ""
+    )
     return f"{'; '.join(s for s in (said, skip) if s)}." if said or skip else ""
 
 
