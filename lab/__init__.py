@@ -30,13 +30,14 @@ _SURFACE = {
     "about": ("lab.environment", "about"),
     "errors": ("lab.errors", ""),
     "edges": ("lab.edges", ""),
+    "mechanisms": ("lab.mechanisms", ""),
     "apply": ("lab.edges.applying", "apply"),
     "explore": ("lab.app.explorer", "explore"),
     "compare": ("lab.comparison", "compare"),
 }
 
 if TYPE_CHECKING:
-    from lab import edges, errors
+    from lab import edges, errors, mechanisms
     from lab.app.explorer import explore
     from lab.carriers import Frames, TokenMap, VideoQA
     from lab.comparison import compare
@@ -64,6 +65,7 @@ __all__ = [
     "explore",
     "load",
     "load_items",
+    "mechanisms",
     "wrap",
 ]
 

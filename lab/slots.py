@@ -5,8 +5,9 @@ Slots: Stage, Layout, Detour, Cache, Head, and hooks. The core only ever sees th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -110,7 +111,7 @@ class Plan:
                 continue
             if mine is not None and theirs is not None:
                 raise UsageError(
-                    f"two mechanisms fill the {f.name} slot: {mine!r} and {theirs!r}; choose one"
+                    f"two mechanisms fill the {f.name} slot: {called(mine)} and {called(theirs)}; choose one"
                 )
             merged[f.name] = mine if mine is not None else theirs
         return Plan(**merged)
@@ -130,8 +131,23 @@ class Mechanism(Protocol):
 
 
 def plan_of(mechanisms: Sequence[Mechanism], cfg: ModelSizes) -> Plan:
-    """The sum of the mechanisms' plans, in the order given."""
+    """The sum of the mechanisms' plans, in the order given. Raises UsageError for what is no list of mechanisms."""
+    if isinstance(mechanisms, str) or not isinstance(mechanisms, Iterable):
+        raise UsageError(f"mechanisms takes a list, e.g. mechanisms=[...]; got {mechanisms!r:.80}")
     total = Plan()
     for mechanism in mechanisms:
+        if isinstance(mechanism, type) or not callable(getattr(mechanism, "plan", None)):
+            raise UsageError(
+                f"{mechanism!r:.80} is no mechanism; give an instance, e.g. MixtureOfDepths(keep=0.2), or "
+                "lab.mechanisms.load(name).EXAMPLE"
+            )
         total = total + mechanism.plan(cfg)
     return total
+
+
+def called(filling: Any) -> str:
+    """What fills a slot, in short: the file it comes from, and its class or function ("vidkv.QuantisedCache")."""
+    while isinstance(filling, partial):
+        filling = filling.func
+    named = filling if hasattr(filling, "__qualname__") else type(filling)
+    return f"{named.__module__.rpartition('.')[2]}.{named.__qualname__}"

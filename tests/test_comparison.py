@@ -11,6 +11,8 @@ from lab.comparison import Report, compare
 from lab.comparison.alike import cka
 from lab.comparison.costing import costs, rows_of
 from lab.comparison.flow import centre, pairs
+from lab.comparison.page import parts_of
+from lab.comparison.shifts import moved, number, shift, written
 from lab.comparison.traces import shared, trace
 from lab.comparison.variants import Variant, named_mechanisms, variants_of
 from lab.edges.mass import segment_mass
@@ -21,6 +23,7 @@ from lab.mechanisms.mixture_of_depths import MixtureOfDepths
 from lab.mechanisms.segment_merging import SegmentMerging
 from lab.mechanisms.thumbnail_and_sampling import ThumbnailAndSampling
 from lab.mechanisms.vidkv import VidKV
+from lab.result import Result
 from lab.runs import Cancel, Cancelled
 from lab.sim import planted
 from lab.slots import Plan
@@ -207,6 +210,76 @@ def test_small_numbers_by_hand():
     assert centre(np.array([0.0, -2.0, 2.0, 0.0])) == 2.5 and np.isnan(centre(np.zeros(3)))
 
 
+def three(values, axes=("item", "variant"), **more):
+    """A Result over three questions and the variants a (vanilla) and b."""
+    coords = {"item": ["x", "y", "z"], "variant": ["a", "b"], **more}
+    return Result(np.array(values), axes, coords, "%", {}, "R", {"vanilla": "a", "controls": {}})
+
+
+def test_shifts_are_taken_question_by_question():
+    """b is a - 2 in every question: certain, however far the questions are apart."""
+    apart = three([[0.0, -2.0], [50.0, 48.0], [-50.0, -52.0]])
+    mean = shift(apart).mean("item")
+    assert mean.values.tolist() == [0, -2] and (mean.low[1], mean.high[1]) == (-2, -2) and moved(mean, 1)
+    assert not moved(shift(three([[0.0, 9.0], [0.0, -9.0], [0.0, 1.0]])).mean("item"), 1)
+    assert written(mean, 1, "+.1f") == "-2.0 [-2.0, -2.0]" and mean.unit == "%, minus vanilla's"
+    assert (
+        number(-0.04, "+.1f") == "+0.0"
+        and written(three(np.full((3, 2), np.nan)).mean("item"), 0, ".1f") == "-"
+    )
+
+
+def test_what_a_pathway_carries_and_where_it_does_not(small, report):
+    """The mean over layers of its curve; no centre where no cut is felt."""
+    cut, carried, at = (report[n].values for n in ("knockout", "carried", "centre"))
+    assert np.allclose(carried, cut.mean(-1), equal_nan=True)
+    felt = np.abs(np.nan_to_num(cut)).max(-1) >= 1
+    assert np.array_equal(np.isfinite(at), felt) and felt.any()
+    little = asked(small, {"again": []}, pathways=("last->last",), window=1)
+    assert np.abs(little["knockout"].values).max() > 0
+    felt = np.abs(little["knockout"].values).max(-1) >= 1
+    assert np.array_equal(np.isfinite(little["centre"].values), felt)
+
+
+def test_controls_stand_beside_their_mechanisms(small):
+    found = asked(
+        small,
+        {"drop": DROPS, "kv": VidKV(key_bits=2, value_bits=2)},
+        controls=True,
+        pathways=("video->last",),
+    )
+    parts = parts_of(found.results, found["frames"].values)
+    lines = {tuple(s.title for s in p.shown if hasattr(s, "title")): p.lines for p in parts}
+    attention = [t for t in lines if t and t[0].startswith("Attention: ")]
+    assert [len(t) for t in attention] == [2, 1] and "drop, random minus" in attention[0][1]
+    tables = [
+        s for p in parts for s in p.shown if getattr(s, "title", "").startswith("What each pathway carries")
+    ]
+    assert tables[0].columns == ("Variant", "video\n->last") and [
+        r[1].count("\n") for r in tables[0].rows
+    ] == [0, 1, 1, 1]
+    cut = next(t for t in lines if t and t[0].startswith("Knock-out of video->last"))
+    assert lines[cut] == [2]
+    heat = next(
+        s for p in parts for s in p.shown if getattr(s, "title", "").startswith("video->last, with controls")
+    )
+    assert heat.series == ("vanilla", "drop", "drop, random", "kv") and heat.limits == (
+        -heat.limits[1],
+        heat.limits[1],
+    )
+    maps = [s for p in parts for s in p.shown if "cosine with vanilla;" in getattr(s, "title", "")]
+    assert len(maps) == 5 and len({m.limits for m in maps}) == 1
+    changes = [s for p in parts for s in p.shown if getattr(s, "title", "").startswith("Attention: ")]
+    assert len({s.limits for s in changes}) == 1
+
+
+def test_kl_is_drawn_in_powers_of_ten(report):
+    mean = report["kl"].mean("item")
+    spec = next(s for p in parts_of(report.results, report["frames"].values) for s in p.shown if "log10" in getattr(s, "title", ""))  # fmt: skip
+    assert np.allclose(10.0**spec.values, np.maximum(mean.values, 1e-4)) and spec.limits[0] == -4
+    assert spec.reading.startswith("Farthest from -4")
+
+
 # ---- controls -------------------------------------------------------------------------------------------------------
 
 
@@ -290,13 +363,15 @@ def test_saved_loaded_and_shown(report, tmp_path):
     page = files[-1].read_text()
     assert 'http-equiv="Content-Security-Policy"' in page and "<script src" not in page
     for title in (
-        "Depth of every token: mod",
-        "What is left of the video: drop",
+        "Depth of every token, mod:",
+        "What is left of the video, drop:",
         "Knock-out of cross-frame",
         "CKA with vanilla; video",
     ):
         assert title in page
-    assert "What is left of the video: mod" not in page  # the same picture as vanilla's
+    assert "What is left of the video, mod" not in page  # the same picture as vanilla's
+    assert "Depth of every token, drop" not in page  # what is left of it runs all layers
+    assert 'class="line" style="--across:2"' in page
     assert "mod: " in page and again.words() == report.words()
     (tmp_path / "cosine.npz").unlink()
     with pytest.raises(ConfigError, match=r"cosine.npz is missing"):
@@ -320,6 +395,11 @@ def test_the_command_line_and_its_recipe(tmp_path, capsys):
         (["--mechanism", "vidkv:bits=3"], "no field 'bits'"),
         (["--mechanism", "vidkv:key_bits"], "keep=0.2"),
         (["--mechanism", "vidkv:key_bits=3"], "key_bits=3"),
+        (["--mechanism", "mixture_of_depths:keep=1.5"], "keep=1.5"),
+        (["--mechanism", "mixture_of_depths:keep=.nan"], "keep=nan"),
+        (["--mechanism", "vidkv+vidkv"], "two mechanisms fill the cache slot"),
+        (["--mechanism", "a=vidkv", "--mechanism", "a=segment_merging"], "is called 'a', as another one"),
+        (["--mechanism", "=vidkv"], "no label before the ="),
         ([], "nothing to compare"),
     ):
         assert main([*line[:3], *wrong, "--out", str(tmp_path / "c")]) == 2
@@ -343,9 +423,44 @@ def test_what_makes_no_comparison_is_refused(small):
         ({"a": (small, MixtureOfDepths())}, "vidkv", item, "without mechanisms"),
         ({"a": small, "b": small}, {"b": []}, item, "two variants are called"),
         ({"a": small, "b": shelf_models.model(layers=2)}, None, item, "one shape"),
+        (small, "vidkv", None, "got NoneType"),
+        (small, "vidkv", [item, None], "got NoneType"),
+        (small, "vidkv", small.prepare(item, mechanisms=[DROPS]), "prepared with mechanisms"),
+        (small, {"x": ["vidkv", "vidkv"]}, item, "vidkv.QuantisedCache and vidkv.QuantisedCache"),
     ):
         with pytest.raises(UsageError, match=says):
             compare(models, mechanisms, items, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"rounds": -1}, "rounds must be"), ({"rounds": float("nan")}, "rounds must be"), ({"window": 0}, "window must be"),
+        ({"new_tokens": 0}, "new_tokens must be"), ({"seed": "x"}, "seed must be"), ({"n_frames": 0}, "n_frames"),
+        ({"pathways": "nowhere"}, "pathway 'nowhere'"), ({"pathways": ("cross-frame", "video->lasst")}, "lasst"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(small, setting, says):
+    with pytest.raises(UsageError, match=says):
+        compare(small, "vidkv", shelf_models.question(), **{"rounds": 0, "show_progress": False} | setting)
+
+
+def test_a_pathway_that_only_some_questions_have_is_nan_in_the_others(small):
+    alone = replace(shelf_models.question(), options=(), answer="left", id="open")
+    found = asked(small, DROPS, pathways="video->option")
+    assert found["knockout"].coords["pathway"] == ["video->option"]
+    items = [alone, shelf_models.question()]
+    how = {
+        "rounds": 0,
+        "controls": False,
+        "new_tokens": 1,
+        "show_progress": False,
+        "pathways": ["video->option"],
+    }
+    cut = compare(small, DROPS, (i for i in items), **how)["knockout"].values
+    assert np.isnan(cut[0]).all() and np.isfinite(cut[1]).all()
+    with pytest.raises(UsageError, match="option"):
+        compare(small, DROPS, alone, **how)
 
 
 def test_names_of_mechanisms():

@@ -172,23 +172,28 @@ def test_d7_d8_positions_and_the_masked_twin(name, wrapped_text):
     ready = m.prepare(question(6), n_frames=6)
     mech = DTD(ratio=0.5)
     points = [f"blocks.{i}.hook_resid_post" for i in range(m.cfg.n_layers)]
+    points += [f"blocks.0.attn.hook_rot_{x}" for x in "qk"]
+    scores = "blocks.0.attn.hook_attn_scores"
     with torch.no_grad():
-        out, cache = m.run_with_cache(
-            ready, names_filter=[*points, "blocks.0.attn.hook_rot_q"], mechanisms=[mech]
-        )
+        out, cache = m.run_with_cache(ready, names_filter=[*points, scores], mechanisms=[mech])
         tokens = m.maps(ready, mechanisms=[mech])[0]
         gone = torch.tensor(sorted(set(range(ready.n_pos)) - set(tokens.order.tolist())))
         hide = dict.fromkeys(
             range(m.cfg.n_layers), lambda q, k: ~torch.isin(k, gone)[None].expand(len(q), -1)
         )
-        logits, twin = m.run_with_cache(ready, names_filter=[*points, "blocks.0.attn.hook_rot_q"], edges=hide)
+        logits, twin = m.run_with_cache(ready, names_filter=points, edges=hide)
+        _, vanilla = m.run_with_cache(ready, names_filter=[*points[-2:], scores])
         original, plan = m.arrive(ready)[0], mech.plan(m.sizes)
         door = m.arrive(ready, plan)[0]
     assert len(gone) > 4
     assert torch.equal(door.rope, original.rope[..., tokens.order])
     assert torch.equal(door.next_rope(), original.next_rope())
-    for p in [*points, "blocks.0.attn.hook_rot_q"]:
+    for p in points:
         assert torch.allclose(cache[p], twin[p][:, tokens.order], atol=1e-5, rtol=1e-4), p
+    for p in points[-2:]:  # in layer 1 also vanilla's own
+        assert torch.allclose(cache[p], vanilla[p][:, tokens.order], atol=1e-5, rtol=1e-4), p
+    both = vanilla[scores][:, :, tokens.order][..., tokens.order]  # q . k of every two survivors
+    assert torch.allclose(cache[scores], both, atol=1e-5, rtol=1e-4)
     assert torch.allclose(out, logits, atol=1e-4, rtol=1e-4)
 
 

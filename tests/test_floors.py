@@ -20,7 +20,7 @@ TOPS = ("lab", "probes", "figures")
 # A module belongs to the longest name here that it is or lies in. Adding a room means saying here on which floor it is.
 FLOOR = {
     "lab.errors": 0, "lab.result": 0, "lab.recipe": 0, "lab.overriding": 0, "lab.spans": 0, "lab.yamlfile": 0,
-    "lab.axes": 0, "lab.carriers": 0, "lab.side": 0, "lab.slots": 0,
+    "lab.axes": 0, "lab.carriers": 0, "lab.side": 0, "lab.slots": 0, "lab.settings": 0,
     "lab.video": 1, "lab.video_info": 1, "lab.video_sources": 1, "lab.video_files": 1, "lab.video_container": 1,
     "lab.pixels": 1, "lab.sizes": 1, "lab.routing": 1, "lab.quantising": 1,
     "lab.preprocessor": 1, "lab.resample": 1, "lab.prompt": 1, "lab.runs": 1,
@@ -40,6 +40,7 @@ TORCH_FREE = (
     "lab.benchmark_rows",
     "lab.spans",
     "lab.yamlfile",
+    "lab.settings",
 )
 # Rooms that may import less than all below them: the floors, or rooms, they may use beside themselves.
 HIGHEST = {

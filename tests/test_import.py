@@ -50,6 +50,11 @@ def test_import_is_quick_light_and_offline() -> None:
     assert out["version"] == "0.1.0"
 
 
+def test_the_shelf_of_mechanisms_is_at_hand_without_torch() -> None:
+    out = fresh("import lab\nout = {'shelf': lab.mechanisms.shelf(), 'torch': 'torch' in sys.modules}")
+    assert "mixture_of_depths" in out["shelf"] and not out["torch"]  # type: ignore[operator]
+
+
 def test_dir_shows_the_surface() -> None:
     out = fresh("import lab\nout = {'dir': dir(lab), 'torch': 'torch' in sys.modules}")
     surface = {
@@ -63,6 +68,8 @@ def test_dir_shows_the_surface() -> None:
         "load_items",
         "about",
         "errors",
+        "mechanisms",
+        "compare",
     }
     assert surface <= set(out["dir"])  # type: ignore[arg-type]
     assert out["torch"] is False
@@ -72,7 +79,7 @@ def test_every_name_of_the_surface_is_there_and_stays_the_same() -> None:
     """Looked up twice: a name that is also a module's would change after the module was imported."""
     out = fresh(
         "import importlib, lab\nfirst = {n: getattr(lab, n) for n in lab.__all__}\n"
-        "out = {n: getattr(lab, n) is v and (callable(v) or n in ('edges', 'errors', '__version__')) for n, v in first.items()}\n"
+        "out = {n: getattr(lab, n) is v and (callable(v) or n in ('edges', 'errors', 'mechanisms', '__version__')) for n, v in first.items()}\n"
         "out['offline'] = not hasattr(object(), 'save') and 'wandb' not in sys.modules"
     )
     assert [n for n, good in out.items() if not good] == []

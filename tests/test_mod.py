@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lab.carriers import TokenMap
+from lab.carriers import TokenMap, VideoGrid
 from lab.errors import ConfigError, LabWarning, RunError, UsageError
 from lab.mechanisms.mixture_of_depths import EXAMPLE, NEUTRAL, MixtureOfDepths, ShiftedCosine, oracle_scores
 from lab.model.cache import KVCache
@@ -18,6 +18,7 @@ from lab.model.run import Run
 from lab.model.videollm import VideoLLM
 from lab.routing import Routers, groups_of, scrambled, stride, top
 from lab.slots import ModelSizes, Plan
+from lab.spans import Span
 from tests.families import FAMILIES, LAYERS, VIDEO, inputs
 
 ODD = (1, 3)
@@ -186,6 +187,24 @@ def test_rows_cached(keep: float, least: int, k: int, model: VideoLLM) -> None:
     )
 
 
+def test_what_the_paper_counts() -> None:
+    """600 frames of 10 tokens, r = 0.2 in half of the layers: 0.60 of the rows, so of linear FLOPs and of keys and values
+    (1.67 times the context in the same memory), and 0.52 of the products of queries and keys."""
+    from lab.prompt import lay_out
+    from tests.families import tokenizer
+
+    grid = VideoGrid.regular(600, 2, 5, seconds=None, weight=1.0)
+    spans = [Span("frame", kind="video", rows=(0, 6000)), Span("last", "?")]
+    _, tokens = lay_out(spans, grid, tokenizer("llava_onevision"), VIDEO)
+    rows = torch.tensor(MixtureOfDepths(keep=0.2).rows(tokens, 32)).double()
+    n = float(len(tokens))
+    assert rows.unique().tolist() == [1201, 6001] and float(rows.sum()) / (32 * n) == pytest.approx(
+        0.60, abs=1e-3
+    )
+    assert 32 * n / float(rows.sum()) == pytest.approx(1 / 0.6, abs=2e-3)
+    assert float((rows**2).sum()) / (32 * n * n) == pytest.approx(0.52, abs=1e-3)
+
+
 # ---- A4: skipping is the identity ---------------------------------------------------------------------------------------------
 
 
@@ -322,6 +341,30 @@ def test_permuted_tokens_permute_the_choice(selector: Any, model: VideoLLM) -> N
         resid, side = model.stream(replace(door, embeds=embeds), Run(), plan=plan, tokens=maps)
         keep.append(plan.heads[0](resid, side)["mod.keep"][0, 0])
     assert torch.equal(keep[1][first], keep[0][order]) and 0 < int(keep[0][first].sum()) < 9
+
+
+@pytest.mark.parametrize("selector", ["learned", "norm"])
+def test_tokens_permuted_with_their_positions_permute_the_choice_in_deep_layers(
+    selector: Any, model: VideoLLM
+) -> None:
+    """Where the tokens of a frame do not read each other, only their place in the sequence is left, and must not count."""
+    ready = ready_of(model)
+    door, maps = model.arrive(ready)
+    frame, first = ready.tokens.frame, ready.tokens.where(frame=1)
+
+    def apart(q: Tensor, k: Tensor) -> Tensor:
+        return (frame[q][:, None] != frame[k][None]) | (frame[q] < 0)[:, None] | (q[:, None] == k[None])
+
+    order = first[torch.randperm(len(first), generator=torch.Generator().manual_seed(4))]
+    embeds, rope = door.embeds.clone(), door.rope.clone()
+    embeds[:, first], rope[..., first] = door.embeds[:, order], door.rope[..., order]
+    plan = replace(FREE, selector=selector, layers=(1, 2, 3), keep=0.4).plan(model.sizes)
+    keep = []
+    for moved in (door, replace(door, embeds=embeds, rope=rope)):
+        resid, side = model.stream(moved, Run(dict.fromkeys(range(LAYERS), apart)), plan=plan, tokens=maps)
+        keep.append(plan.heads[0](resid, side)["mod.keep"][:, 0])
+    assert torch.equal(keep[1][:, first], keep[0][:, order])
+    assert not torch.equal(keep[1], keep[0]) and keep[0][:, first].sum(1).tolist() == [4, 4, 4]
 
 
 # ---- A10: schedules -----------------------------------------------------------------------------------------------------------------
@@ -580,7 +623,7 @@ def test_oracle_scores_are_gradients(model: VideoLLM) -> None:
         ({"keep": 1.5}, "0..1"), ({"keep": float("nan")}, "0..1"), ({"keep": (0.5, -1.0)}, "0..1"),
         ({"selector": "best"}, "learned, random"), ({"gate": "sigmoid"}, "tanh1"), ({"layers": "some"}, "interleaved"),
         ({"compat": "released"}, "p_mod"), ({"routed": "prefix"}, "scope='sequence'"), ({"selector": "oracle"}, "oracle_scores"),
-        ({"least": -1}, "least >= 0"), ({"first": "deep"}, "half"), ({"threshold": 0.5, "selector": "norm"}, "learned scores"),
+        ({"least": -1}, "whole number from 0"), ({"keep": None}, "0..1"), ({"keep": True}, "0..1"), ({"keep": "0.2"}, "0..1"), ({"layers": 5}, "0-based"), ({"layers": ("x",)}, "whole number"), ({"seed": 1.5}, "whole number"), ({"tanh_scale": "x"}, "must be a number"), ({"threshold": float("nan")}, "must be a number"), ({"first": "deep"}, "half"), ({"threshold": 0.5, "selector": "norm"}, "learned scores"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(bad: dict[str, Any], says: str) -> None:

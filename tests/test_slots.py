@@ -1,6 +1,7 @@
 """The six slots: neutral fillings change nothing (0.0); dropping, routing and ragged caches mean what they say."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +35,14 @@ class SameStage:
 class SameDetour:
     def __call__(self, layer, step, resid, side):
         return step(resid, side)
+
+
+class Loud(KVCache):
+    """A cache of another name."""
+
+    def __init__(self, loud):
+        super().__init__()
+        self.loud = loud
 
 
 class MeanHead:
@@ -94,8 +103,24 @@ def test_fillings_are_what_the_protocols_ask():
 def test_plans_add_and_name_what_clashes():
     one = Plan(stages=(SameStage(),), cache=KVCache)
     assert len((one + Plan(stages=(SameStage(),))).stages) == 2
-    with pytest.raises(UsageError, match="cache slot"):
-        _ = one + Plan(cache=KVCache)
+    with pytest.raises(
+        UsageError, match=r"fill the cache slot: test_slots.Loud and cache.KVCache; choose one"
+    ):
+        _ = Plan(cache=partial(Loud, loud=1)) + Plan(cache=KVCache)
+
+
+def test_what_is_no_list_of_mechanisms_is_refused(wrapped):
+    model = wrapped("llava_onevision")
+    ready = question(model, "llava_onevision")
+    for given, says in (
+        ("mixture_of_depths", "takes a list"), (Filling(), "takes a list"), (None, "takes a list"),
+        (["mixture_of_depths"], "is no mechanism"), ([Filling], "is no mechanism"), ([3], "is no mechanism"),
+    ):  # fmt: skip
+        for run in (model.run, model.generate, model.answer):
+            with pytest.raises(UsageError, match=says):
+                run(ready, mechanisms=given)
+        with pytest.raises(UsageError, match=says):
+            model.prepare(ready.item, mechanisms=given)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

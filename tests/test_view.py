@@ -32,7 +32,7 @@ from lab.view.draw import (
 )
 from lab.view.matplotlib_out import image_bytes
 from lab.view.pages import table_of
-from lab.view.palette import DIVERGING, SEQUENTIAL, STROKES, grey, rgb
+from lab.view.palette import DIVERGING, SEQUENTIAL, STROKES, grey, rgb, rgba_scale
 from lab.view.plotly_out import BOTH_THEMES, Figure
 from lab.view.specs import FigureSpec, mosaic
 
@@ -158,6 +158,20 @@ def test_both_back_ends_use_the_same_colour_limits(name: str) -> None:
     trace = to_plotly(spec).data[0]
     mesh = next(c for c in to_matplotlib(spec).axes[0].collections if isinstance(c, QuadMesh))
     assert (trace.zmin, trace.zmax) == mesh.get_clim() == spec.limits
+
+
+def test_the_bar_of_a_strip_over_frames_shows_the_colours_as_they_look_there() -> None:
+    spec = ALL["strip over frames"]
+    assert spec.frames is not None
+    cells = to_plotly(spec).data[0]
+    bar = next(t for t in to_plotly(spec).data if t.type == "scatter")
+    assert not cells.showscale and bar.marker.showscale and (bar.marker.cmin, bar.marker.cmax) == spec.limits
+    r, g, b, a = rgba_scale(spec.diverging)[-1]
+    below = spec.frames.reshape(-1, 3).mean(0)
+    want = [round(255 * c * a + u * (1 - a)) for c, u in zip((r, g, b), below, strict=True)]
+    shown = [int(n) for n in bar.marker.colorscale[-1][1][4:-1].split(",")]
+    assert np.abs(np.array(shown) - want).max() <= 1
+    assert to_plotly(ALL["strip"]).data[0].showscale
 
 
 def test_interval_bands_are_the_same_in_both() -> None:

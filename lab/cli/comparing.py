@@ -22,7 +22,7 @@ def compare(
     items: str, mechanisms: Sequence[str], variants: Sequence[str], setting: Setting, out: str, more: Mapping[str, Any]
 ) -> Reply:  # fmt: skip
     """Report and data in a folder. Raises UsageError for unknown mechanisms and settings."""
-    asked = {label: described(text) for label, text in map(_labelled, mechanisms)}
+    asked = {label: described(text) for label, text in _labels("--mechanism", mechanisms)}
     if not asked and not variants:
         raise UsageError("nothing to compare: give --mechanism, e.g. --mechanism mixture_of_depths")
     source = source_of(items)
@@ -32,7 +32,7 @@ def compare(
     model = setting.load()
     others = {
         label: checked(ModelSpec, name=name, device=setting.device or "auto", dtype=setting.dtype or "auto")
-        for label, name in map(_labelled, variants)
+        for label, name in _labels("--variant", variants)
     }
     recipe = checked(
         CompareRecipe, model=ModelSpec(**(model.spec or {})), mechanisms=asked, items=source, n_frames=setting.frames or 8,
@@ -45,8 +45,18 @@ def compare(
     return Reply(data, "\n".join([_table(report), "", *report.words(), "", f"{folder / 'report.html'} and {len(files) - 1} files of data"]))  # fmt: skip
 
 
+def _labels(option: str, given: Sequence[str]) -> list[tuple[str, str]]:
+    """(label, what) of every LABEL=WHAT, or WHAT, which is then its own label. Raises UsageError for a label given twice."""
+    found = [_labelled(text) for text in given]
+    labels = [label for label, _ in found]
+    for at, (label, text) in enumerate(zip(labels, given, strict=True)):
+        if not label or label in labels[:at]:
+            why = "has no label before the =" if not label else f"is called {label!r}, as another one"
+            raise UsageError(f"{option} {text}: {why}; write LABEL=NAME with a label of its own")
+    return found
+
+
 def _labelled(text: str) -> tuple[str, str]:
-    """LABEL=WHAT, or WHAT, which is then its own label."""
     label, equals, what = text.partition("=")
     return (label.strip(), what) if equals and ":" not in label else (text, text)
 

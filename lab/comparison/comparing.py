@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lab.carriers import VideoQA
 from lab.comparison.recipes import CompareRecipe
 from lab.comparison.reports import Report
 from lab.comparison.running import compared
 from lab.comparison.variants import Variant, variants_of
+from lab.edges.pathnames import listed
 from lab.errors import UsageError
 from lab.items import load_items, spec_of
 from lab.mechanisms import plain
 from lab.model.ready import Ready
 from lab.recipe import ModelSpec
 from lab.runs import Cancel
+from lab.settings import check_whole
+from lab.slots import Plan
 
 
 def compare(
@@ -37,11 +40,17 @@ def compare(
     new_tokens  length of the written answers that are compared
     out         folder for a journal: an interrupted comparison goes on where it stopped
 
-    Raises UsageError for nothing to compare, questions without a text, and models that do not fit together.
+    Raises UsageError for nothing to compare, questions without a text, settings that make no sense, pathways that no
+    question has, and models that do not fit together.
     """
+    for name, value, low in (("rounds", rounds, 0), ("new_tokens", new_tokens, 1), ("seed", seed, 0)):
+        check_whole(name, value, low)
+    if window is not None:
+        check_whole("window", window, 1)
+    pathways = None if pathways is None else listed(pathways)
     variants = variants_of(models, mechanisms, controls=controls, seed=seed)
     questions, sampling = _questions(items, n_frames)
-    settings = {"pathways": None if pathways is None else tuple(pathways), "window": window, "controls": controls,
+    settings = {"pathways": pathways, "window": window, "controls": controls,
                 "rounds": rounds, "new_tokens": new_tokens, "seed": seed}  # fmt: skip
     recipe = _recipe(variants, questions, sampling, n_frames, settings)
     return compared(variants, questions, sampling, settings, recipe, out, cancel, show_progress)
@@ -50,15 +59,26 @@ def compare(
 def _questions(items: Any, n_frames: int) -> tuple[list[VideoQA], list[dict[str, Any]]]:
     if isinstance(items, str | Path | Mapping):
         items = load_items(items)
-    given = list(items) if isinstance(items, list | tuple) else [items]
-    asked = [i.item if isinstance(i, Ready) else i for i in given]
-    wrong = next((i for i in asked if not isinstance(i, VideoQA)), None) if asked else "no item"
-    if wrong is not None or not asked:
-        raise UsageError(
-            f"a comparison asks questions about videos, got {type(wrong).__name__}: {wrong!r:.60}"
-        )
+    one = isinstance(items, VideoQA | Ready) or not isinstance(items, Iterable)
+    given: list[Any] = [items] if one else list(cast(Iterable[Any], items))
+    if not given:
+        raise UsageError("a comparison asks questions about videos, got none")
+    asked = [_question(i) for i in given]
     how = [i.sampling if isinstance(i, Ready) else {} for i in given]
-    return [i for i in asked if i is not None], [h or {"n_frames": n_frames} for h in how]
+    return asked, [h or {"n_frames": n_frames} for h in how]
+
+
+def _question(given: Any) -> VideoQA:
+    if isinstance(given, Ready) and given.plan != Plan():
+        raise UsageError(
+            "this question was prepared with mechanisms of its own; prepare it without, vanilla reads it too"
+        )
+    item = given.item if isinstance(given, Ready) else given
+    if not isinstance(item, VideoQA):
+        raise UsageError(
+            f"a comparison asks questions about videos, got {type(given).__name__}: {given!r:.60}"
+        )
+    return item
 
 
 def _recipe(

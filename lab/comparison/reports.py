@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.comparison.page import shown_of
+from lab.comparison.page import parts_of
 from lab.comparison.words import sentences
 from lab.errors import ConfigError, UsageError
 from lab.result import Result, write_bytes
@@ -51,7 +51,10 @@ class Report:
     def html(self, path: str | Path, *, title: str = TITLE) -> Path:
         """Write the page: one file that asks the network for nothing."""
         frames = self.results["frames"].values.astype("uint8")
-        return page(shown_of(self.results, frames), path, title=title, intro="\n\n".join(self.words()))
+        parts = parts_of(self.results, frames)
+        shown = [one for part in parts for one in part.shown]
+        lines = [n for part in parts for n in part.lines]
+        return page(shown, path, title=title, intro="\n\n".join(self.words()), across=lines)
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write NAME.npz for every Result, report.html, and recipe.yaml if there is a recipe; returns the files."""

@@ -21,6 +21,7 @@ from lab.result import Result
 NAN = float("nan")
 Pieces = Mapping[tuple[str, str], dict[str, Any]]  # (item, variant) -> piece
 KNOCKOUT = "% change in p of its answer"
+FELT = 1.0  # percent: where no cut changes that much, a pathway has no centre
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,12 @@ def _flow(f: Found) -> dict[str, Result]:
         return out
     cut = f.column("cut")
     at = np.apply_along_axis(centre, -1, cut)
+    at = np.where(np.abs(np.nan_to_num(cut)).max(-1) < FELT, NAN, at)
     notes = {"window": f.window}
     out["knockout"] = f.result(cut, ("item", "variant", "pathway", "layer"), KNOCKOUT, "Knock-outs of pathways", baseline=0.0, notes=notes)  # fmt: skip
-    out["centre"] = f.result(at, ("item", "variant", "pathway"), "layer (mean, weighted by the size of the change)", "Where each pathway matters", notes=notes)  # fmt: skip
+    over = ("item", "variant", "pathway")
+    out["carried"] = f.result(cut.mean(-1), over, f"{KNOCKOUT}, mean over layers", "What each pathway carries", baseline=0.0, notes=notes)  # fmt: skip
+    out["centre"] = f.result(at, over, "layer (mean, weighted by the size of the change)", "Where each pathway matters", notes=notes)  # fmt: skip
     return out
 
 

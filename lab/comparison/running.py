@@ -16,7 +16,7 @@ from lab.comparison.reports import Report
 from lab.comparison.results import Found, results_of
 from lab.comparison.variants import Variant
 from lab.edges.identity import content_id, weights_id
-from lab.edges.pathways import usual_pathways
+from lab.edges.pathways import cut_mask, usual_pathways
 from lab.edges.sweeping import _keys as item_keys
 from lab.edges.windows import window_for
 from lab.errors import UsageError
@@ -62,7 +62,7 @@ def compared(
     model = variants[0].model
     bases = [Base(variants[0], i, s) for i, s in zip(items, sampling, strict=True)]
     ways = settings["pathways"]
-    ways = usual_pathways(model.maps(bases[0].ready)[0]) if ways is None else tuple(ways)
+    ways = usual_pathways(model.maps(bases[0].ready)[0]) if ways is None else _known(tuple(ways), bases)
     window = settings["window"] or window_for(model.cfg.n_layers)
     keys = item_keys(list(items))
     plan = _Plan(variants, list(zip(keys, bases, strict=True)), Asking(ways, window, settings["new_tokens"]), settings["rounds"])  # fmt: skip
@@ -74,6 +74,22 @@ def compared(
     pictures = frames.pixels.permute(0, 2, 3, 1).numpy()
     found = Found(variants, keys, items, ways, window, done, numbers, pictures, recipe)
     return Report(results_of(found))
+
+
+def _known(ways: tuple[str, ...], bases: Sequence[Base]) -> tuple[str, ...]:
+    """The pathways. Raises UsageError for one that no question's prompt has."""
+    for way in ways:
+        missing: UsageError | None = None
+        for base in bases:
+            try:
+                cut_mask(base.variant.model.maps(base.ready)[0], way, base.item)
+                break
+            except UsageError as e:
+                missing = missing or e
+        else:
+            assert missing is not None
+            raise missing
+    return ways
 
 
 def _done(plan: _Plan, run: Run | None, cancel: Cancel | None, show: bool) -> dict[tuple[str, str], Any]:

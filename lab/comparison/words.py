@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
+from lab.comparison.shifts import moved, number, shift, written
 from lab.result import Result
 
 Results = Mapping[str, Result]
-NOTEWORTHY = 0.5  # layers by which a centre must move to be called moved
 
 
 def sentences(results: Results) -> list[str]:
@@ -49,7 +49,7 @@ def _accuracy(r: Results, name: str) -> str:
 
 def _flips(r: Results, name: str) -> str:
     counts = [int(np.nansum(r[k].select(variant=name).values)) for k in ("flips", "text_flips")]
-    return f"{counts[0]} answers changed, {counts[1]} as written"
+    return f"{counts[0]} answer{'s' * (counts[0] != 1)} changed, {counts[1]} as written"
 
 
 def _kept(r: Results, name: str) -> str:
@@ -59,15 +59,18 @@ def _kept(r: Results, name: str) -> str:
     read = _mean(r["tokens"], name)
     said = f"{100 * read / whole:.0f} % of the video tokens are read" if abs(read - whole) > 0.5 else ""
     thin = ran < read / whole - 0.01
-    skip = f"{int(thin.sum())} layers run {100 * float(ran[thin].mean()):.0f} % of them" if thin.any() else ""
+    skip = (
+        f"{int(thin.sum())} layers run {100 * float(ran[thin].mean()):.0f} % of vanilla's video tokens"
+        if thin.any()
+        else ""
+    )
     return f"{'; '.join(s for s in (said, skip) if s)}." if said or skip else ""
 
 
 def _apart(r: Results, name: str) -> str:
     mean = r["cosine"].select(variant=name).mean("item")
     last, video = (mean.select(group=g).values for g in ("last", "video"))
-    kl = r["kl"].select(variant=name).mean("item").values
-    end = f"the output differs by {kl[-1]:.3g} nats"
+    end = f"the output differs by {written(r['kl'].select(variant=name).mean('item'), -1, '.3g')} nats"
     if np.nanmin(mean.values) > 1 - 1e-6:
         return f"The residual stream is vanilla's; {end}."
     worst = int(np.nanargmin(last)) + 1
@@ -79,47 +82,45 @@ def _apart(r: Results, name: str) -> str:
 
 def _looks(r: Results, name: str) -> str:
     """The pair whose attention changed most, averaged over layers."""
-    mean = r["mass"].mean("item")
-    base = mean.coords["variant"][0]
-    change = _over_layers(mean.select(variant=name).values - mean.select(variant=base).values)
-    if not np.isfinite(change).any() or np.nanmax(np.abs(change)) < 0.005:
+    share = _over_layers(r["mass"])
+    change = shift(share).select(variant=name).mean("item")
+    if not np.isfinite(change.values).any() or np.nanmax(np.abs(change.values)) < 0.5:
         return ""
-    at = int(np.nanargmax(np.abs(change)))
-    pair = mean.coords["pair"][at]
-    before = _over_layers(mean.select(variant=base).values)[at]
-    keys, queries = pair.split("->")
-    return f"Attention changes most from {queries} to {keys}: {100 * before:.0f} % before, {100 * (before + change[at]):.0f} % now (mean over layers)."
+    at = int(np.nanargmax(np.abs(change.values)))
+    keys, queries = change.coords["pair"][at].split("->")
+    before = share.select(variant=share.notes["vanilla"]).mean("item").values[at]
+    return f"Attention changes most from {queries} to {keys}: {before:.0f} % before, {written(change, at, '+.0f')} points now (mean over layers)."  # fmt: skip
 
 
-def _over_layers(x: Any) -> Any:
-    known = np.isfinite(x)
-    return np.where(known.any(-1), np.nansum(x, -1) / np.maximum(known.sum(-1), 1), np.nan)
+def _over_layers(r: Result) -> Result:
+    """Percent, mean over the last axis, layers where it is not known left out."""
+    known = np.isfinite(r.values)
+    mean = np.where(known.any(-1), np.nansum(r.values, -1) / np.maximum(known.sum(-1), 1), np.nan)
+    coords = {a: r.coords[a] for a in r.axes[:-1]}
+    return replace(r, values=100 * mean, axes=r.axes[:-1], coords=coords, low=None, high=None)
 
 
 def _moved(r: Results, name: str) -> str:
-    if "centre" not in r:
+    if "carried" not in r:
         return ""
-    base = r["accuracy"].coords["variant"][0]
-    said: list[str] = []
-    for pathway in r["centre"].coords["pathway"]:
-        strength = [_strength(r, v, pathway) for v in (base, name)]
-        if max(strength) < 1:
-            continue
-        before, now = (_mean(r["centre"].select(pathway=pathway), v) for v in (base, name))
-        said.append(
-            f"{pathway} {max(0, strength[0]):.0f} % to {max(0, strength[1]):.0f} %{_place(before, now)}"
-        )
-    return (
-        f"Largest loss of the answer's probability when a pathway is cut: {'; '.join(said)}." if said else ""
-    )
+    now, change = (x.select(variant=name).mean("item") for x in (r["carried"], shift(r["carried"])))
+    place = r["centre"].select(variant=r["centre"].notes["vanilla"]).mean("item").values
+    to = shift(r["centre"]).select(variant=name).mean("item")
+    said = [
+        f"{way} {number(now.values[i], '.0f')} % ({written(change, i, '+.1f')}){_place(float(place[i]), to, i)}"
+        for i, way in enumerate(now.coords["pathway"])
+        if np.isfinite(change.values[i]) and abs(now.values[i]) + abs(now.values[i] - change.values[i]) > 1
+    ]
+    intro = "Change of the answer's probability when a pathway is cut, mean over layers (in brackets minus vanilla's, 95 % interval)"
+    return f"{intro}: {'; '.join(said)}." if said else ""
 
 
-def _place(before: float, now: float) -> str:
-    if not np.isfinite([before, now]).all():
+def _place(before: float, change: Result, at: int) -> str:
+    if not np.isfinite(change.values[at]):
         return ""
-    if abs(now - before) < NOTEWORTHY:
-        return f", centre stays near layer {now:.1f}"
-    return f", centre from layer {before:.1f} to {now:.1f}"
+    if moved(change, at):
+        return f", centre moved from layer {before:.1f} by {written(change, at, '+.1f')}"
+    return f", centre stays near layer {before:.1f}"
 
 
 def _strength(r: Results, name: str, pathway: str) -> float:

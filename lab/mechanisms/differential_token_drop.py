@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lab.carriers import Frames, Positions, VideoGrid, VisionTokens
 from lab.errors import RunError, UsageError
+from lab.settings import check_names, check_number, check_whole
 from lab.slots import ModelSizes, Plan
 
 Space = Literal["feature", "pixel"]
@@ -62,22 +63,25 @@ class DifferentialTokenDrop:
     compat: Compat = "paper"
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("scope", Scope), ("space", Space), ("reference", Reference), ("positions", Positions), ("compat", Compat),
-        ):  # fmt: skip
-            if getattr(self, name) not in get_args(kind):
-                raise UsageError(f"{name}={getattr(self, name)!r}; use one of {', '.join(get_args(kind))}")
+        named = {
+            "scope": Scope,
+            "space": Space,
+            "reference": Reference,
+            "positions": Positions,
+            "compat": Compat,
+        }
+        check_names(self, named)
         if self.threshold is not None and self.ratio is not None:
             raise UsageError(
                 f"threshold={self.threshold} and ratio={self.ratio} both say what to drop; give one"
             )
         low = -1.0 if self.space == "feature" else 0.0
-        _check_number("threshold", self.threshold, low, 1.0)
-        _check_number("ratio", self.ratio, 0.0, 1.0)
+        if self.threshold is not None:
+            check_number("threshold", self.threshold, low, 1.0)
+        if self.ratio is not None:
+            check_number("ratio", self.ratio, 0.0, 1.0)
         for name in ("every", "memory"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise UsageError(f"{name} must be a whole number from 0, got {value!r}")
+            check_whole(name, getattr(self, name), 0)
         if self.ratio is not None and self.scope == "video" and self.reference == "kept":
             raise UsageError(
                 "what was kept depends on the ratio reached so far: use scope='frame' with reference='kept'"
@@ -110,11 +114,12 @@ class DifferentialTokenDrop:
         """This Stage for a stream: it remembers the last frame between calls. Raises RunError for what needs a whole video."""
         if self.ratio is not None and self.scope == "video":
             raise RunError(
-                "a ratio over the whole video cannot be kept in a stream; use scope='frame', or a threshold"
+                "DifferentialTokenDrop: a ratio over the whole video cannot be kept in a stream; use scope='frame', or a "
+                "threshold"
             )
         if self.memory:
             raise RunError(
-                "memory= forgets tokens that a stream's cache holds already; use it on whole videos"
+                "DifferentialTokenDrop: memory= forgets tokens that a stream's cache holds already; use it on whole videos"
             )
         return StreamedDrop(self)
 
@@ -314,7 +319,7 @@ def scene_changes(
     """
     if curve.ndim != 1:
         raise UsageError(f"the curve must be one number a frame, got shape {tuple(curve.shape)}")
-    _check_number("level", level, 0.0, 1.0)
+    check_number("level", level, 0.0, 1.0)
     v = curve.tolist()
     later = range(1, len(v))
     if compat == "released":
@@ -371,13 +376,6 @@ def _patches(frames: Frames, grid: VideoGrid, at: Tensor) -> Tensor:
     cut = pixels.unflatten(3, (cols, -1)).unflatten(2, (rows, -1))  # frame 3 row y col x
     cut = cut.permute(0, 2, 4, 1, 3, 5).flatten(3)
     return cut[at, grid.row.clamp_min(0), grid.col.clamp_min(0)]
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
 
 
 NEUTRAL = DifferentialTokenDrop.NEUTRAL = DifferentialTokenDrop()

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -40,6 +41,7 @@ from lab.routing import (
     stride,
     top,
 )
+from lab.settings import check_names, check_number, check_whole
 from lab.side import Side
 from lab.slots import ModelSizes, Plan, Step
 
@@ -52,6 +54,7 @@ GateSite = Literal["block_delta", "block_out", "mlp_only"]
 Rounding = Literal["round", "floor"]
 Positions = Literal["preserve", "compact"]
 Compat = Literal["paper", "released"]
+TOP = 1e9  # no setting is larger
 
 
 @dataclass(frozen=True)
@@ -270,19 +273,21 @@ class MixtureOfDepths:
 
 
 def _check_names(m: MixtureOfDepths) -> None:
-    named = {
+    named: dict[str, Any] = {
         "scope": Scope, "routed": Routed, "rounding": Rounding, "selector": Selector, "score_on": ScoreOn, "gate": Gate,
         "gate_site": GateSite, "positions": Positions, "parity": Parity, "compat": Compat,
     }  # fmt: skip
-    for name, allowed in named.items():
-        if getattr(m, name) not in get_args(allowed):
-            raise UsageError(f"{name}={getattr(m, name)!r}; use one of {', '.join(get_args(allowed))}")
-    if isinstance(m.layers, str) and m.layers not in get_args(Layers):
-        raise UsageError(f"layers={m.layers!r}; use one of {', '.join(get_args(Layers))}, or 0-based numbers")
-    if not isinstance(m.layers, str):
+    check_names(m, named)
+    if m.layers not in get_args(Layers):
+        if isinstance(m.layers, str) or not isinstance(m.layers, Iterable):
+            raise UsageError(
+                f"layers={m.layers!r}; use one of {', '.join(get_args(Layers))}, or several 0-based numbers"
+            )
+        for i in m.layers:
+            check_whole("a layer", i)
         object.__setattr__(m, "layers", tuple(int(i) for i in m.layers))
-    if isinstance(m.first, str) and m.first != "half":
-        raise UsageError(f"first={m.first!r}; use 'half' or a 0-based layer")
+    if m.first != "half":
+        check_whole("first ('half' or a 0-based layer)", m.first)
 
 
 def _check_numbers(m: MixtureOfDepths) -> None:
@@ -290,12 +295,16 @@ def _check_numbers(m: MixtureOfDepths) -> None:
         object.__setattr__(m, "keep", tuple(m.keep))
     ratios = () if isinstance(m.keep, ShiftedCosine) else m.keep if isinstance(m.keep, tuple) else (m.keep,)
     for r in ratios:
-        if r is not None and not 0 <= r <= 1:  # nan is refused too
-            raise UsageError(f"keep={r}: a share of tokens lies in 0..1")
-    if m.least < 0 or not m.train_noise >= 0 or not math.isfinite(m.tanh_scale):
-        raise UsageError(
-            f"need least >= 0, train_noise >= 0 and a finite tanh_scale; got {m.least}, {m.train_noise}, {m.tanh_scale}"
-        )
+        if r is None and isinstance(m.keep, tuple):
+            continue
+        if isinstance(r, bool) or not isinstance(r, Real) or not 0 <= float(r) <= 1:  # nan is refused too
+            raise UsageError(f"keep={r!r}: a share of tokens lies in 0..1")
+    check_whole("least", m.least, 0)
+    check_whole("seed", m.seed)
+    check_number("train_noise", m.train_noise, 0)
+    check_number("tanh_scale", m.tanh_scale, -TOP, TOP)
+    if m.threshold is not None:
+        check_number("threshold", m.threshold, -TOP, TOP)
 
 
 @lru_cache(maxsize=8)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lab.carriers import Frames, Positions, VideoGrid, VisionTokens
 from lab.errors import RunError, UsageError
+from lab.settings import check_names, check_whole
 from lab.slots import ModelSizes, Plan
 
 Place = Literal["first", "last", "each"]
@@ -67,27 +68,18 @@ class SegmentMerging:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("place", Place),
-            ("weighting", Weighting),
-            ("positions", Positions),
-            ("compat", Compat),
-            ("match", Match),
-        ):
-            if getattr(self, name) not in get_args(kind):
-                raise UsageError(f"{name}={getattr(self, name)!r}; use one of {', '.join(get_args(kind))}")
-        for name, low in (
-            ("n_segments", 1),
-            ("keep", 1),
-            ("n_global", 0),
-            ("channel_groups", 1),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if name == "keep" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise UsageError(f"{name} must be a whole number from {low}, got {value!r}")
+        named = {
+            "place": Place,
+            "weighting": Weighting,
+            "positions": Positions,
+            "compat": Compat,
+            "match": Match,
+        }
+        check_names(self, named)
+        for name, low in (("n_segments", 1), ("n_global", 0), ("channel_groups", 1), ("seed", 0)):
+            check_whole(name, getattr(self, name), low)
+        if self.keep is not None:
+            check_whole("keep", self.keep, 1)
 
     def control(self, seed: int = 0) -> SegmentMerging | None:
         """As many merges of random tokens; None where nothing is merged."""

@@ -16,8 +16,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,8 +31,9 @@ from lab.model.families.geometry import temporal_patch
 from lab.model.generation import _ends
 from lab.prompt import answer_spans, question_spans
 from lab.result import Result
+from lab.settings import check_names, check_number, check_texts, check_whole
 from lab.side import Side
-from lab.slots import ModelSizes, Plan
+from lab.slots import ModelSizes, Plan, called, plan_of
 from lab.spans import Span
 from lab.video import read as read_video
 
@@ -79,20 +81,20 @@ class Streaming:
     compat: Compat = "paper"
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("decide", get_args(Decide)),
-            ("compat", get_args(Compat)),
-            ("layout", ("stream", "prompt")),
+        check_names(self, {"decide": Decide, "compat": Compat, "layout": Literal["stream", "prompt"]})
+        check_texts(self, ("open", "close", "user", "assistant", "system", "bos", "speak"))
+        check_number("theta", self.theta, 0)
+        if (
+            isinstance(self.fps, bool)
+            or not isinstance(self.fps, int | float)
+            or not 0 < self.fps < float("inf")
         ):
-            if getattr(self, name) not in known:
-                raise UsageError(f"{name}={getattr(self, name)!r}; use one of {', '.join(known)}")
-        if isinstance(self.theta, bool) or not isinstance(self.theta, int | float) or not self.theta >= 0:
-            raise UsageError(f"theta must be a number from 0, got {self.theta!r}")
-        if not isinstance(self.fps, int | float) or not 0 < self.fps < float("inf"):
             raise UsageError(f"fps must be a number above 0, got {self.fps!r}")
-        n = self.max_new_tokens
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise UsageError(f"max_new_tokens must be a whole number from 1, got {n!r}")
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        if self.interval is not None and not (isinstance(self.interval, str) and self.interval):
+            raise UsageError(
+                f"interval must be a text, or None for the end-of-text token; got {self.interval!r}"
+            )
         if not (self.open and self.close and self.assistant):
             raise UsageError(
                 "open, close and assistant are what the stream is made of; none of them can be empty"
@@ -321,13 +323,11 @@ class Session:
         mechanisms: Sequence[Any] = (),
         edges: Any = None,
     ) -> None:
-        self.model, self.config = model, config or EXAMPLE
-        own = self.config.plan(model.sizes)
-        plan = Plan(heads=own.heads)
-        for mechanism in mechanisms:
-            plan = plan + mechanism.plan(model.sizes)
+        self.model, self.config = model, EXAMPLE if config is None else config
+        own = plan_of([self.config], model.sizes)
+        plan = Plan(heads=own.heads) + plan_of(mechanisms, model.sizes)
         if plan.layout is not None:
-            raise RunError(f"{plan.layout!r} lays out a whole prompt; a session has its own layout")
+            raise RunError(f"{called(plan.layout)} lays out a whole prompt; a session has its own layout")
         if self.config.decide == "head" and not self.config.speak:
             raise UsageError("decide='head' needs the weights of a Speak head: speak='file.safetensors'")
         if self.config.decide == "scene" and not plan.stages:
@@ -346,7 +346,12 @@ class Session:
         self.pending: list[Rows] = []  # to be fed before what comes next
 
     def ask(self, question: str | VideoQA, at: float | None = None) -> None:
-        """Put a question in the queue, for the time `at` in seconds (None: now). Answered when frames reach that time."""
+        """Put a question in the queue, for the time `at` in seconds (None: now). Answered when frames reach that time.
+
+        Raises UsageError for what is no question or no time.
+        """
+        if not isinstance(question, str | VideoQA) or not (at is None or (isinstance(at, Real) and at == at)):
+            raise UsageError(f"ask(text or VideoQA, seconds), got {question!r:.60} at {at!r}")
         now = self.log[-1].seconds if self.log else 0.0
         self.waiting.append((now if at is None else float(at), question))
         self.waiting.sort(key=lambda w: w[0])
@@ -569,7 +574,12 @@ class _Clock:
 
 
 def _as_frames(picture: Any) -> Frames:
-    pixels = torch.as_tensor(picture)
+    try:
+        pixels = torch.as_tensor(picture)
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(
+            f"see() takes Frames or a picture, uint8 [height, width, 3]; got {type(picture).__name__}"
+        ) from None
     return read_video(
         pixels[None] if pixels.ndim == 3 else pixels, index=range(1 if pixels.ndim == 3 else len(pixels))
     )

@@ -13,7 +13,7 @@ Knows pictures and grids; knows no model.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lab.carriers import Frames, Positions, VisionTokens
 from lab.errors import RunError, UsageError
+from lab.settings import check_names, check_whole
 from lab.slots import ModelSizes, Plan
 
 Stratify = Literal["none", "random", "even"]
@@ -54,15 +55,11 @@ class ThumbnailAndSampling:
     positions: Positions = "compact"
 
     def __post_init__(self) -> None:
-        for name, kind in (("order", Order), ("stratify", Stratify), ("positions", Positions)):
-            if getattr(self, name) not in get_args(kind):
-                raise UsageError(f"{name}={getattr(self, name)!r}; use one of {', '.join(get_args(kind))}")
-        for name, low in (("n_thumbnail", 0), ("n_samples", 1), ("phase", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if name == "n_samples" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise UsageError(f"{name} must be a whole number from {low}, got {value!r}")
+        check_names(self, {"order": Order, "stratify": Stratify, "positions": Positions})
+        for name in ("n_thumbnail", "phase", "seed"):
+            check_whole(name, getattr(self, name), 0)
+        if self.n_samples is not None:
+            check_whole("n_samples", self.n_samples, 1)
 
     def control(self, seed: int = 0) -> ThumbnailAndSampling | None:
         """As many tokens of every frame, but at random places; None where all are kept."""

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from lab.quantising import (
     to_frequencies,
     unpack,
 )
+from lab.settings import check_names, check_number, check_whole
 from lab.side import Side
 from lab.slots import ModelSizes, Plan, Step
 from lab.spans import KINDS, ROLES
@@ -126,6 +127,7 @@ class VidKV:
 
     def __post_init__(self) -> None:
         _check_names(self)
+        _check_numbers(self)
         mixed = 1 < self.key_bits < 2
         if not mixed and self.key_bits not in (16, 8, 4, 2, 1):
             raise UsageError(f"key_bits={self.key_bits}; use 16, 8, 4, 2, 1, or a number between 1 and 2")
@@ -137,10 +139,9 @@ class VidKV:
             raise UsageError(
                 f"stp={self.stp} with value_bits={self.value_bits}: a share in 0..1 of ternary values"
             )
-        if self.group < 1 or self.group % 8 or self.residual < self.group or self.exact_recent < 0:
+        if self.group < 1 or self.group % 8 or self.residual < self.group:
             raise UsageError(
-                f"need group in multiples of 8, residual >= group, exact_recent >= 0; got {self.group}, {self.residual}, "
-                f"{self.exact_recent}"
+                f"need group in multiples of 8, and residual >= group; got {self.group}, {self.residual}"
             )
 
     def settled(self) -> VidKV:
@@ -203,12 +204,21 @@ def _check_names(m: VidKV) -> None:
         "key_axis": Axis, "value_axis": Axis, "hard": Hard, "stp_by": Protect, "rows": Rows, "scale_bits": Literal[16, 32],
         "compat": Compat, "fft": Fft, "q1": Q1, "ternary_scale": TernaryScale, "requant": Requant, "storage": Storage,
     }  # fmt: skip
-    for name, allowed in named.items():
-        value = getattr(m, name)
-        if value not in get_args(allowed) and not (value is None and name in CONVENTIONS["paper"]):
-            raise UsageError(f"{name}={value!r}; use one of {', '.join(str(a) for a in get_args(allowed))}")
-    if m.gamma is not None and not 0 <= m.gamma < math.inf:
-        raise UsageError(f"gamma={m.gamma}; need a number of at least 0")
+    free = [name for name in named if name in CONVENTIONS["paper"]]  # None: what `compat` says
+    check_names(m, {name: allowed for name, allowed in named.items() if name not in free})
+    check_names(m, {name: named[name] for name in free}, also=(None,))
+
+
+def _check_numbers(m: VidKV) -> None:
+    check_number("key_bits (16, 8, 4, 2, 1, or between 1 and 2)", m.key_bits, 1, 16)
+    check_number("value_bits (16, 8, 4, 2, 1.58 or 1)", m.value_bits, 1, 16)
+    for name in ("group", "residual", "exact_recent"):
+        check_whole(name, getattr(m, name), 0)
+    check_whole("seed", m.seed)
+    if isinstance(m.stp, bool) or not isinstance(m.stp, int | float):
+        raise UsageError(f"stp={m.stp!r} must be a share in 0..1")
+    if m.gamma is not None and not (isinstance(m.gamma, int | float) and 0 <= m.gamma < math.inf):
+        raise UsageError(f"gamma={m.gamma!r}; need a number of at least 0")
 
 
 # ---- what is stored -----------------------------------------------------------------------------------------------------
@@ -606,7 +616,9 @@ def _tell(store: QuantisedCache, x: Tensor, side: Side) -> None:
     vision[side.order] = video
     if store.what.stp and bool(video.any()):
         if store.vision is not None:
-            raise RunError("stp compares video with the text of the whole prompt; run it whole (no chunk=)")
+            raise RunError(
+                "stp compares video with the text of the whole prompt; run it whole (no chunk=, no stream)"
+            )
         store.worth = torch.full((n,), -math.inf, device=x.device)
         store.worth[side.order[video]] = _worth(store.what, x, video, text)
     store.vision = vision

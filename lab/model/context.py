@@ -23,7 +23,7 @@ from lab.model.hooking import check_layers, checked_edges
 from lab.model.ready import Ready
 from lab.model.run import Edges, Run
 from lab.prompt import lay_out
-from lab.slots import Plan, Stage
+from lab.slots import Plan, Stage, called
 from lab.spans import KINDS, ROLES, Span
 
 
@@ -66,7 +66,7 @@ class Context:
         for what, slot in (("sampler", plan.sampler), ("encoder", plan.encoder)):
             if slot is not None:
                 raise RunError(
-                    f"{slot!r} fills the {what} slot, which needs a whole video; it cannot run in a stream"
+                    f"{called(slot)} fills the {what} slot, which needs a whole video; it cannot run in a stream"
                 )
         self.stages = [_streamed(stage) for stage in plan.stages]
         self.edges = checked_edges(edges)

@@ -19,7 +19,7 @@ from lab.errors import RunError
 from lab.model.door import Door
 from lab.model.ready import Ready
 from lab.prompt import lay_out as lay_out_prompt
-from lab.slots import Plan
+from lab.slots import Plan, called
 from lab.spans import KINDS, ROLES
 
 VIDEO = KINDS.index("video")
@@ -31,15 +31,20 @@ def lay_out(model: Any, ready: Ready, door: Door, plan: Plan) -> tuple[Door, tup
         return door, ready.maps
     if ready.n_worlds != 1 or ready.item is None or ready.frames is None:
         raise RunError(
-            f"stages and layouts work on one prepared question, not on {ready.n_worlds} worlds of a processor's "
-            "tensors; use model.prepare(item)"
+            f"{_who(plan)}: stages and layouts work on one prepared question, not on {ready.n_worlds} worlds of a "
+            "processor's tensors; use model.prepare(item)"
         )
     tokens = ready.maps[0]
     before = vision_of(ready, door)
     after = through_stages(plan, ready.frames, before, ready.item.question)
     if plan.layout is not None:
         return _written_anew(model, ready, before, after, plan)
-    return _shortened(door, tokens, before, after)
+    return _shortened(door, tokens, before, after, _who(plan))
+
+
+def _who(plan: Plan) -> str:
+    """What of a plan changes the prompt, by name."""
+    return ", ".join(called(f) for f in (plan.encoder, *plan.stages, plan.layout) if f is not None)
 
 
 def pieces(n: int, size: int, tokens: Sequence[TokenMap], *, whole_frames: bool) -> Iterator[tuple[int, int]]:
@@ -84,14 +89,14 @@ def through_stages(plan: Plan, frames: Frames, vision: VisionTokens, query: str)
 
 
 def _shortened(
-    door: Door, tokens: TokenMap, before: VisionTokens, after: VisionTokens
+    door: Door, tokens: TokenMap, before: VisionTokens, after: VisionTokens, who: str
 ) -> tuple[Door, tuple[TokenMap, ...]]:
     """The same prompt with the video tokens that are left, each in its place.
 
     Raises RunError if there are more tokens than places, or if they come in another order and text stands between.
     """
     video = _video_rows(tokens)
-    place = video[_places(before.grid.source, after.grid.source, video)]
+    place = video[_places(before.grid.source, after.grid.source, video, who)]
     keep = torch.ones(len(tokens), dtype=torch.bool)
     keep[video] = False
     keep[place] = True
@@ -108,23 +113,24 @@ def _shortened(
     return Door(embeds, rope, None, deep), (_remapped(tokens.only(index), put, after),)
 
 
-def _places(had: Tensor, source: Tensor, video: Tensor) -> Tensor:
-    """Which of the prompt's places for video tokens are filled: those of the sources, where these rise."""
+def _places(had: Tensor, source: Tensor, video: Tensor, who: str) -> Tensor:
+    """Which of the prompt's places for video tokens are filled: those of the sources, where these rise. who: for errors."""
     had, source = had.cpu(), source.cpu()
     if len(source) and not bool(torch.isin(source[source >= 0], had).all()):
         raise RunError(
-            f"the stages made a token with source {int(source.max())} of {len(had)}; give a Layout, or source -1"
+            f"{who} made a token with source {int(source.max())} of {len(had)}; give a Layout, or source -1"
         )
     if bool((source >= 0).all()) and bool((source.diff() > 0).all()):
         return torch.searchsorted(had, source)
     if len(source) > len(had):
         raise RunError(
-            f"the stages made {len(source)} video tokens of {len(had)}; a Layout must say where they stand"
+            f"{who} made {len(source)} video tokens of {len(had)}, and the prompt has no place for more than it had: drop or "
+            "merge more tokens, or give a Layout"
         )
     if bool((video.diff() > 1).any()):
         raise RunError(
-            "the stages reordered vision tokens and this model's prompt has text between its frames; keep them in the "
-            "order of their sources, or give a Layout"
+            f"{who} reordered vision tokens or made new ones, and this model's prompt has text between its frames; keep the "
+            "tokens in the order of their sources, or give a Layout"
         )
     return torch.arange(len(source))
 
@@ -194,7 +200,8 @@ def _written_anew(
     assert plan.layout is not None and ready.item is not None and ready.frames is not None
     if model.mrope or vision.deep:
         raise RunError(
-            "a Layout needs rope positions for its vision tokens; this family (M-RoPE) has none for new prompts"
+            f"{called(plan.layout)} writes the prompt anew, and this family (M-RoPE) has no rope positions for the vision "
+            "tokens of a new prompt"
         )
     whole = _undropped(before, vision)
     spans = plan.layout(ready.item, ready.frames, whole)
@@ -214,7 +221,7 @@ def _written_anew(
             rope.device
         ),
     ]
-    return _shortened(door, tokens, whole, replace(vision, rope=at))
+    return _shortened(door, tokens, whole, replace(vision, rope=at), _who(plan))
 
 
 def _undropped(before: VisionTokens, after: VisionTokens) -> VisionTokens:

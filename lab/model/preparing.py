@@ -15,7 +15,7 @@ from lab.errors import LabWarning, PromptError, RunError, UsageError
 from lab.model.ready import Ready
 from lab.model.token_maps import token_maps
 from lab.prompt import answer_spans, lay_out, question_spans, render
-from lab.slots import Plan
+from lab.slots import Plan, called
 from lab.video import read as read_video
 
 N_FRAMES = 8
@@ -72,7 +72,7 @@ def with_sampler(model: Any, ready: Ready, plan: Plan) -> Ready:
         return ready
     if ready.item is None:
         raise RunError(
-            f"{plan.sampler!r} chooses frames, and these inputs came from a processor, which chose already; use "
+            f"{called(plan.sampler)} chooses frames, and these inputs came from a processor, which chose already; use "
             "model.prepare(item, mechanisms=[...])"
         )
     held = ready.memo.get("sampled")

@@ -27,6 +27,7 @@ from lab.view.specs import FigureSpec, figure_spec, text
 from lab.yamlfile import as_yaml
 
 MAX_ROWS = 200  # rows of a table in the page
+MAX_WHOLE = 40  # rows of a table that is a figure, which is shown whole
 MAX_CSV = 4_000_000  # bytes of a CSV link; larger tables stay in the saved Result
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
@@ -217,7 +218,8 @@ def _table(spec: FigureSpec) -> str:
     left = len(rows) - MAX_ROWS
     more = f'<p class="note">{left} more rows are in the CSV file.</p>' if left > 0 else ""
     caption = f"{spec.title}: {spec.unit}"
-    return f"""<div class="scroll" tabindex="0" role="region" aria-label="{_e(caption)}">
+    whole = " whole" if spec.kind == "table" and len(rows) <= MAX_WHOLE else ""
+    return f"""<div class="scroll{whole}" tabindex="0" role="region" aria-label="{_e(caption)}">
 <table class="numbers"><caption>{_e(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}"""
 
 

@@ -228,7 +228,10 @@ def _strip(fig: Figure, spec: FigureSpec) -> None:
     places = {"x": m.x, "y": m.y}
     shown = _strip_hover(spec, m.z.shape)
     hover = "%{customdata[0]}, row %{customdata[1]}, column %{customdata[2]}: "
-    fig.add_trace(_cells(spec, m.z, places, shown, hover + "<b>%{z:.4g}</b><extra></extra>"))
+    cells = _cells(spec, m.z, places, shown, hover + "<b>%{z:.4g}</b><extra></extra>")
+    fig.add_trace(cells if spec.frames is None else cells.update(showscale=False))
+    if spec.frames is not None:
+        fig.add_trace(_bar_over(spec))
     if m.bad.any():
         fig.add_trace(_grey_cells(spec, m.bad, places, shown, hover + "not finite<extra></extra>"))
     width, height = m.size
@@ -250,6 +253,25 @@ def _strip(fig: Figure, spec: FigureSpec) -> None:
     fig.update_xaxes(visible=False, range=[0, m.width], constrain="domain")
     fig.update_yaxes(visible=False, range=[m.height, 0], scaleanchor="x", constrain="domain")
     fig.update_layout(height=int(np.clip(130 + 930 * m.height / m.width, 240, 1000)))
+
+
+def _bar_over(spec: FigureSpec) -> go.Scatter:
+    """A trace without points whose colour bar shows the see-through colours as they look on the frames' mean colour."""
+    assert spec.frames is not None
+    lo, hi = spec.limits or (0.0, 1.0)
+    below = spec.frames.reshape(-1, 3).mean(0) / 255
+    over = [[c * a + b * (1 - a) for c, b in zip((r, g, u), below, strict=True)] for r, g, u, a in rgba_scale(spec.diverging)]  # fmt: skip
+    places = np.linspace(0, 1, len(over)).tolist()
+    scale = [[at, f"rgb({r * 255:.0f},{g * 255:.0f},{b * 255:.0f})"] for at, (r, g, b) in zip(places, over, strict=True)]  # fmt: skip
+    marker = {
+        "color": [lo],
+        "cmin": lo,
+        "cmax": hi,
+        "colorscale": scale,
+        "colorbar": _colorbar(spec),
+        "showscale": bool(spec.unit),
+    }
+    return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, hoverinfo="skip", showlegend=False)
 
 
 def _strip_hover(spec: FigureSpec, shape: tuple[int, int]) -> NDArray[Any]:

@@ -158,7 +158,7 @@ def figure_spec(
     spec = replace(
         spec,
         title=title if title is not None else result.name or result.unit,
-        caption=_caption(result) if caption is None else caption,
+        caption=_caption(result, spec.kind) if caption is None else caption,
         reading=_reading(result, spec),
         recipe_id=recipe_id(result.recipe),
     )
@@ -343,17 +343,14 @@ def _pictures(frames: Any, spec: FigureSpec) -> NDArray[np.uint8]:
 # ---- words --------------------------------------------------------------------------------------------------------
 
 
-def _caption(r: Result) -> str:
+def _caption(r: Result, kind: Kind) -> str:
     counts = r.notes.get("n") or {}
     split = {"correct": " answered right", "wrong": " answered wrong"}.get(r.notes.get("split", ""), "")
     parts = [_counted(axis, n, split if axis == "item" else "") for axis, n in counts.items()]
     if r.low is not None and counts:
         drawn = _drawn(r, counts)
-        parts.append(
-            f"band: 95 % bootstrap interval{drawn}"
-            if len(r.axes) < 3
-            else f"95 % bootstrap interval in the table{drawn}"
-        )
+        where = "in brackets: 95 % bootstrap interval" if kind == "heat" else "band: 95 % bootstrap interval"
+        parts.append(f"{where}{drawn}" if len(r.axes) < 3 else f"95 % bootstrap interval in the table{drawn}")
     words = [f"{label(a)}: {text(c)}." for a, c in (r.notes.get("selected") or {}).items()]
     words += [f"{'; '.join(parts)}."] if parts else []
     if r.not_finite:
@@ -390,7 +387,8 @@ def _reading(r: Result, spec: FigureSpec) -> str:
     interval = ""
     if r.low is not None and r.high is not None:
         interval = f" [{text(r.low[place])}, {text(r.high[place])}]"
-    return f"Largest: {text(float(values[place]))}{interval} at {where}."
+    what = f"Farthest from {text(r.baseline)}" if r.baseline else "Largest"
+    return f"{what}: {text(float(values[place]))}{interval} at {where}."
 
 
 def _alt(spec: FigureSpec) -> str:
