@@ -208,6 +208,17 @@ def test_what_covers_what():
     )
 
 
+def test_walks_of_any_pace_are_answered_too():
+    """Thousands of different questions, for evidence on held-out ones."""
+    model, items = planted_model("plain"), questions(40, 3, steady=False)
+    assert (
+        len({i.video.tobytes() for i in items}) > 30
+        and len({i.video.tobytes() for i in questions(40, 3)}) <= 16
+    )
+    assert all(model.answer(i).correct for i in items)
+    assert all(model.answer(i.twin).correct for i in items[:10])
+
+
 def test_an_unknown_variant_is_named():
     with pytest.raises(UsageError, match="no planted model 'plane'; there are plain, leak"):
         planted_model("plane")  # type: ignore[arg-type]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lab.edges.found import ladder, unit_of
+from lab.edges.knapsack import culprit
 from lab.edges.pathways import cut_mask
 from lab.edges.policy import Policy
-from lab.edges.searching import MEASURES, Budget, search
+from lab.edges.searching import MEASURES, Asked, Budget, Searcher, search
 from lab.edges.trials import Reader, Trials
 from lab.edges.units import Unit, split, units_of
 from lab.edges.warm import predicted
@@ -190,6 +191,18 @@ def test_units_of_all_layers_by_score_keep_what_was_planted(planted, variant):
     assert trail.notes["complete"] and trail.notes["relinearised"] >= 1
 
 
+def test_the_culprit_of_a_run_is_found_wherever_it_stands(planted):
+    model, readies = planted("plain")
+    search = Searcher(Trials(model, readies), Asked(Budget(flips=0.6)), None, None, None)
+    needed = Unit(1, "option", "video")
+    idle = [u for u in units_of([readies[0].tokens], 4) if u.layer == 3][:9]
+    for at in (0, 4, 9):
+        run = [*idle[:at], needed, *idle[at:]]
+        assert not search.attempt("run", [(u,) for u in run])
+        assert culprit(search, run) == needed
+    assert search.attempt("idle", [(u,) for u in idle])
+
+
 def test_portable_policies_name_what_any_prompt_has(planted):
     model, readies = planted("plain")
     policy, _ = search(model, readies[:2], roles="portable", **QUICK)
@@ -315,6 +328,7 @@ def test_knapsack_takes_the_heaviest_that_fit(planted):
         ({"budget": {"kl": float("nan")}}, "above 0"),
         ({"budget": {"loss": 1}}, "no budget field 'loss'"),
         ({"method": "magic"}, "acdc, greedy"),
+        ({"method": "knapsack", "layers": "contiguous"}, "use method='acdc'"),
         ({"finer": ("pixel",)}, "option, distance, head"),
         ({"worth": 2}, "share of all edges"),
         ({"scope": "world"}, "global, task, sample"),

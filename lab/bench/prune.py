@@ -33,7 +33,7 @@ from lab.result import Result
 from lab.sim.planted import planted_model, questions
 from lab.sim.tasks import TEMPORAL, draw_items
 from lab.view.draw import save
-from probes.prune import DRAWN, WORTH, liveness, proven, unit_map
+from probes.prune import DRAWN, liveness, proven, unit_map
 
 PLANTED = "planted"
 SEED, TEST_SEED = 1000, 9
@@ -79,7 +79,8 @@ def searches(model: Any, args: argparse.Namespace, out: Path) -> dict[str, Found
         items = calibration(args.tasks, args.calibration, seed)
         found[f"seed {seed}"] = search(
             model, items, budget={"kl": args.kl, "flips": args.flips, "forwards": AIMS["forwards_per_item"]},
-            roles="portable" if args.portable else "all", finer=tuple(args.finer), worth=WORTH, out=out / f"search-{seed}",
+            roles="portable" if args.portable else "all", finer=tuple(args.finer), method=args.method,
+            out=out / f"search-{seed}",
         )  # fmt: skip
     return found
 
@@ -149,9 +150,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--more-frames", type=int, default=200, help="held-out items at 12 and 16 frames each; 0: none"
     )
-    parser.add_argument("--kl", type=float, default=0.05)
+    parser.add_argument("--kl", type=float, default=0.02)
     parser.add_argument("--flips", type=float, default=0.03)
-    parser.add_argument("--finer", nargs="*", default=["distance", "head"])
+    parser.add_argument("--finer", nargs="*", default=["head", "distance"])
+    parser.add_argument("--method", default="knapsack", choices=("knapsack", "acdc", "greedy"))
     parser.add_argument("--portable", action="store_true")
     parser.add_argument("--out", default="out/prune")
     args = parser.parse_args(argv)

@@ -242,6 +242,7 @@ def prune(
     portable: Annotated[bool, typer.Option("--portable", help="Only name what any prompt has, for use in other harnesses.")] = False,
     contiguous: Annotated[bool, typer.Option("--contiguous", help="Keep every pair in one range of layers only.")] = False,
     warm: Annotated[bool, typer.Option("--warm", help="Order the search by first-order scores.")] = False,
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help="acdc (from the last layer to the first), greedy, or knapsack (single heads of all layers, by scores).")] = "acdc",
     baseline: Annotated[list[str] | None, typer.Option("--baseline", "-b", metavar="SORT", help="With --holdout: all (default), none, or some of paper, random, shuffled, exit, local, mass, controls; repeat.")] = None,
     finer: Annotated[str, typer.Option("--finer", metavar="A,B", help="How units are parted: some of distance, option, head.")] = "distance,option,head",
     as_json: Json = False,
@@ -256,7 +257,7 @@ def prune(
         setting = asking.Setting(model, device, dtype, frames, None)
         options = {
             "roles": "portable" if portable else "all", "layers": "contiguous" if contiguous else "free", "warm": warm,
-            "finer": tuple(f.strip() for f in finer.split(",") if f.strip()), "baselines": prunes.sorts(baseline),
+            "method": method, "finer": tuple(f.strip() for f in finer.split(",") if f.strip()), "baselines": prunes.sorts(baseline),
         }  # fmt: skip
         budget = {"flips": flips, "kl": kl, "forwards": forwards}
         return prunes.prune(items, holdout, setting, out, budget=budget, options=options)

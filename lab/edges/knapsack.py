@@ -11,7 +11,6 @@ least, cannot spend it all. Scores order the trials; every cut is tried exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from lab.runs import progress
 ROUNDS = 4
 SCORING = 4.0  # forwards a sample that scores take: one forward, one backward with sums on the way
 COARSE = 8  # a run longer than this part of what there is to cut is halved when it fails; a shorter one loses its culprit
-CULPRITS = 16  # a round ends after so many; the last one goes on
+CULPRITS, LAST = 16, 64  # a round ends after so many; and the last round
 LOOKED_AT = 4  # samples that blame is found on
 
 
@@ -32,7 +31,12 @@ def fill(search: Any, *, show: bool) -> None:
         last = done == ROUNDS - 1
         if (done or search.guess is None) and search.left() > 2 * SCORING * len(search.trials):
             search.relinearise()
-        _fill(search, search.ordered(_leaves(search)), share=1 / (ROUNDS - done), spare=inf if last else CULPRITS)
+        _fill(
+            search,
+            search.ordered(_leaves(search)),
+            share=1 / (ROUNDS - done),
+            spare=LAST if last else CULPRITS,
+        )
 
 
 def _leaves(search: Any) -> list[Unit]:
@@ -43,7 +47,7 @@ def _leaves(search: Any) -> list[Unit]:
     return [u for u in units if search.open(u)]
 
 
-def _fill(search: Any, order: Sequence[Unit], *, share: float, spare: float) -> None:
+def _fill(search: Any, order: Sequence[Unit], *, share: float, spare: int) -> None:
     """One round. share: of what is left of the budget; spare: culprits until it ends."""
     left, size, fine = list(order), len(order), max(1, len(order) // COARSE)
     while left and spare > 0:

@@ -4,6 +4,7 @@
 3 from the last layer to the first: cut the layer's units together; where that is too much, halve until the culprits
 stand alone, and part those by option, distance or head (reverse ACDC: all below the layer is uncut, so a trial starts
 from the stored clean run at that layer)   4 polish: kept units once more, with what is left of the budget.
+(`lab.edges.knapsack` goes another way: the finest units of all layers, in the order of scores.)
 
 A set is accepted if the one-sided bounds of mean KL and of the share of flipped answers stay inside the budget, and if
 it takes no more of it than its share of the edges still undecided: small units cannot spend what large ones need.
@@ -134,6 +135,10 @@ class Asked:
         for name, allowed in (("method", Method), ("roles", Roles), ("layers", Layers)):
             if getattr(self, name) not in get_args(allowed):
                 raise UsageError(f"{name}={getattr(self, name)!r}; use one of {', '.join(get_args(allowed))}")
+        if self.method == "knapsack" and self.layers == "contiguous":
+            raise UsageError(
+                "method='knapsack' cuts single units of any layer; use method='acdc' for layers='contiguous'"
+            )
         for grain in self.finer:
             if grain not in GRAINS:
                 raise UsageError(f"finer={grain!r}; use some of {', '.join(GRAINS[1:])}")
@@ -152,7 +157,9 @@ def search(
              have been validated (`validate_scores`)
     scope    "global": one policy, returned as `Found`. "task", "sample": one for each, a dict by task or item id; of a
              single sample no bound can be given, so those are explanations, not claims
-    method   "acdc": from the last layer to the first. "greedy": the cheapest units of all layers first
+    method   "acdc": from the last layer to the first. "greedy": the cheapest units of all layers first. "knapsack": the
+             finest units of all layers, ordered by scores that are made anew as cuts add up (`lab.edges.knapsack`); finds
+             single heads that the others do not reach within their forwards, and makes its first scores itself
     roles    "portable": only segments any prompt has (video, separator, text, last), for prompts rendered elsewhere
     finer    how units that cannot be cut whole are parted, in this order: "distance" of frames, "option", "head"
     worth    units with a smaller share of all edges are kept or cut whole: parting them saves next to nothing
@@ -405,9 +412,7 @@ class Searcher:
         for grain in self.asked.finer:
             parts = self.split(unit, grain)
             if len(parts) > 1:
-                self.take(
-                    [self._bundle(p) for p in self.ordered(parts)], until, self.rejected.get(unit, 0.0)
-                )
+                self.take([self._bundle(p) for p in self.ordered(parts)], until, self.rejected.get(unit, 0.0))
                 return
 
     def split(self, unit: Unit, grain: Grain) -> list[Unit]:
@@ -493,7 +498,11 @@ class Searcher:
         return self._run(key, wanted, lambda e: False, samples)
 
     def _run(
-        self, key: str, wanted: frozenset[Unit], too_much: Callable[[Effect], bool], only: Sequence[int] | None = None
+        self,
+        key: str,
+        wanted: frozenset[Unit],
+        too_much: Callable[[Effect], bool],
+        only: Sequence[int] | None = None,
     ) -> Effect:
         """A trial, or what the journal knows of it. Raises _Enough if there are not the forwards to finish it."""
         if self.run_ is not None and self.run_.done(key):
