@@ -297,6 +297,10 @@ def _columns(
 
         return edits
 
+    if role is not None and by not in ("frame", "head"):
+        raise UsageError(
+            f"role={role!r} chooses the rows of by='frame' and 'head'; by={by!r} names its rows itself"
+        )
     match by:
         case "frame":
             if not tokens.n_frames:

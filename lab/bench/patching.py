@@ -14,7 +14,7 @@ Only some cells, spread over the grid, are timed, half before and half after the
 all. Both ways must give the same logits (`max_difference`, `max_difference_hf`).
 
 "tiny" is the bundled model on a simulated question and its twin. The others are random LLaVA-OneVisions:
-* the published checkpoints' depth and proportions at a small width, 16 tokens a frame. FLOPs by formula from the
+* the published checkpoints' depth and proportions at width 256, 25 tokens a frame and 8 of text. FLOPs by formula from the
   checkpoints' configs (196 tokens and 729 patches a frame, 50 of text) for 16 / 32 frames, as shares of the decoder's:
       LLaVA-OneVision 7B    28 layers, tower 0.245 / 0.236, head 0.080 / 0.076, decoder 43.6 / 90.5 TFLOPs
       LLaVA-OneVision 0.5B  24 layers, tower 3.80 / 3.30,   head 0.319 / 0.276, decoder 2.7 / 6.2 TFLOPs
@@ -46,23 +46,25 @@ from lab.bench.measuring import counted_flops, setting, write
 from lab.bench.sweep import SHAPE, prompt
 from lab.model.zoo import DATA, load, wrap
 from lab.patch import Worlds, take
+from lab.patch.suffix import rows_together
 from lab.sim.tasks import draw_items
 
 FIFTH = 5.0  # the least ratio aimed at
 TOWER = {"tower_d": 192, "tower_mlp": 768, "tower_layers": 8, "tower_heads": 3}
 WIDE = replace(SHAPE, **TOWER)
-SMALL = models.Shape(d=128, heads=4, kv_heads=1, side=32, patch=4)
+SMALL = models.Shape(d=256, heads=8, kv_heads=1, side=40, patch=4)
 SEVEN = replace(
-    SMALL, layers=28, mlp=680, vocab=5432, tower_d=128, tower_mlp=480, tower_layers=3, tower_heads=2
+    SMALL, layers=28, mlp=1352, vocab=10864, tower_d=192, tower_mlp=720, tower_layers=5, tower_heads=3
 )
 HALF = replace(
-    SMALL, layers=24, mlp=696, vocab=21712, tower_d=256, tower_mlp=960, tower_layers=8, tower_heads=4
+    SMALL, layers=24, mlp=1392, vocab=43424, tower_d=384, tower_mlp=1440, tower_layers=14, tower_heads=6
 )
 CASES: dict[str, tuple[int, models.Shape | None]] = {
     "tiny": (8, None),
+    "7B's proportions, 8 frames": (8, SEVEN),
     "7B's proportions, 16 frames": (16, SEVEN),
     "7B's proportions, 32 frames": (32, SEVEN),
-    "0.5B's proportions, 16 frames": (16, HALF),
+    "0.5B's proportions, 8 frames": (8, HALF),
     "8 frames, L 1,267": (8, replace(WIDE, side=96)),
     "16 frames, L 3,251": (16, replace(WIDE, side=112)),
 }  # frames, shape; None: the bundled model
@@ -95,7 +97,7 @@ def case_of(frames: int, shape: models.Shape | None) -> Case:
 
 
 def _bare(model: Any, shape: models.Shape, frames: int) -> Any:
-    return model.prepare_inputs(**models.inputs(shape, frames))
+    return model.prepare_inputs(**models.inputs(shape, frames, text=8))
 
 
 def seconds(work: Any) -> tuple[float, Any]:
@@ -130,7 +132,9 @@ class PlainGrid:
             for layer in layers:
                 open_.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             open_.callback(
-                layers[-1].register_forward_hook(lambda m, a, out: clean.append(_state(out)[0].clone())).remove
+                layers[-1]
+                .register_forward_hook(lambda m, a, out: clean.append(_state(out)[0].clone()))
+                .remove
             )
             with torch.no_grad():
                 case.plain(**ready["clean"].inputs, use_cache=False)
@@ -201,7 +205,7 @@ class Naive:
 # ---- one grid -------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, site: str, n_naive: int, n_rows: int) -> dict[str, Any]:
+def measure(name: str, site: str, n_naive: int, n_rows: int | None) -> dict[str, Any]:
     """Times of all ways on one grid, their largest differences, and what was computed."""
     case = case_of(*CASES[name])
     worlds, tokens = case.worlds, case.worlds.tokens("corrupted")
@@ -220,9 +224,7 @@ def measure(name: str, site: str, n_naive: int, n_rows: int) -> dict[str, Any]:
     spent = worlds.ledger
     naive.add([cells[i] for i in chosen[n_naive // 2 :]])
     each = {way: took / n_naive for way, took in naive.spent.items()}
-    apart = {
-        way: float((fast[chosen] - torch.stack(out)).abs().max()) for way, out in naive.logits.items()
-    }
+    apart = {way: float((fast[chosen] - torch.stack(out)).abs().max()) for way, out in naive.logits.items()}
     whole = fast_s + tower_s
     return {
         "positions": len(tokens), "layers": model.cfg.n_layers, "frames": tokens.n_frames, "cells": len(cells), "site": site,
@@ -233,7 +235,7 @@ def measure(name: str, site: str, n_naive: int, n_rows: int) -> dict[str, Any]:
         "rows": round(spent.forwards / len(cells), 3), "flops": _flops(case),
         "ledger_of_fast": spent.plain(), "reason": worlds.reason, "naive_cells_timed": n_naive,
         "max_difference": apart["reference"], "max_difference_hf": max(apart["hf"], apart["hf_last"]),
-        "mean_change": float((fast - worlds.run()[1]).abs().amax(1).mean()), "n_rows": n_rows,
+        "mean_change": float((fast - worlds.run()[1]).abs().amax(1).mean()), "n_rows": n_rows or rows_together(model),
     }  # fmt: skip
 
 
@@ -262,15 +264,21 @@ def _flops(case: Case) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Cost of a causal-tracing grid, stored runs against naive.")
     parser.add_argument("--naive", type=int, default=16, help="how many of the naive cells are timed")
-    parser.add_argument("--rows", type=int, default=4096, help="rows run together")
+    parser.add_argument("--rows", type=int, help="rows run together; absent: what the lab takes")
     parser.add_argument("--cases", nargs="*", default=list(CASES)[:5], choices=list(CASES))
     parser.add_argument("--sites", nargs="*", default=["resid_post", "resid_pre"])
     parser.add_argument("--out", help="json file; standard output if absent")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found = {f"{c}, {s}": measure(c, s, args.naive, args.rows) for c in args.cases for s in args.sites}
+    found: dict[str, Any] = {}
     shapes = {c: asdict(shape) for c, (_, shape) in CASES.items() if shape is not None and c in args.cases}
-    write(args.out, {"setting": setting(), "shapes": shapes, "cases": found})
+    for site in args.sites:
+        for case in args.cases:
+            found[f"{case}, {site}"] = measure(case, site, args.naive, args.rows)
+            if args.out:  # what has been measured is kept if it is stopped
+                write(args.out, {"setting": setting(), "shapes": shapes, "cases": found})
+    if not args.out:
+        write(None, {"setting": setting(), "shapes": shapes, "cases": found})
 
 
 if __name__ == "__main__":
