@@ -52,7 +52,7 @@ class LinearRecipe(ProbeRecipe):
     folds: int = Field(default=5, ge=2)
     shuffles: int = Field(default=SHUFFLES, ge=1)
     twins: bool = False
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     def run(self, *, progress: bool = True, model: Any = None, out: str | Path | None = None) -> list[Result]:
         """Load what the recipe names (or use `model`) and probe. `out`: a folder for streams, to go on from."""
@@ -127,6 +127,8 @@ def linear(
     Raises UsageError for too few videos, one class only, or labels that do not fit.
     """
     names = (roles,) if isinstance(roles, str) else tuple(roles)
+    if seed < 0:
+        raise UsageError(f"seed must be at least 0, got {seed}")
     what = _What(label, names, site, layers, kind, folds, shuffles, seed)
     fields = recipe_fields(model, items, n_frames, policy, mechanisms)
     recipe: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -202,7 +202,7 @@ class PathPatchingRecipe(TwoWorlds):
 
 
 class AttributionPatchingRecipe(TwoWorlds):
-    """The patching grid from one backward pass: `probes.patching.attribution_patching`."""
+    """The patching grid estimated from gradients: `probes.patching.attribution_patching`."""
 
     by: patching.By = "frame"
     site: str = "resid_pre"
@@ -210,8 +210,10 @@ class AttributionPatchingRecipe(TwoWorlds):
     into: Literal["corrupted", "clean"] = "corrupted"
     against: str | None = None
     metric: Metric = "recovered"
-    steps: int = Field(default=1, ge=1)
+    steps: int = Field(default=8, ge=1)
+    path: Literal["inputs", "activations"] = "inputs"
     exact: bool = True
+    added: ClassVar[tuple[str, ...]] = (*TwoWorlds.added, "path")
 
     def probe(self) -> Callable[..., Any]:
         """The function."""

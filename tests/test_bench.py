@@ -13,7 +13,7 @@ import accelerate
 import pytest
 import torch
 
-from lab.bench import gpu, models, overhead, sweep
+from lab.bench import gpu, models, overhead, patching, sweep
 from lab.bench.measuring import median_ratio, paired, peak_bytes
 from lab.bench.memory import BOUND
 from lab.model.zoo import load, wrap
@@ -95,6 +95,24 @@ def test_committed_predictions_are_within_bounds(path: Path) -> None:
     for name, row in runs.items():
         assert row["ratio"] == pytest.approx(row["predicted"]["total"] / row["measured"]["peak"]), name
         assert abs(row["ratio"] - 1) <= BOUND, name
+
+
+@pytest.mark.parametrize("site", ["resid_post", "resid_pre"])
+def test_a_hook_on_plain_transformers_gives_the_same_grid(site: str) -> None:
+    """What is timed as naive is the same work; the ratios themselves are for the bench."""
+    found = patching.measure("tiny", site, n_naive=4, n_rows=None)
+    assert found["max_difference_hf"] <= 1e-4 and found["max_difference"] <= 1e-4 < found["mean_change"]
+    assert found["reason"] == "" and 0.1 < found["flops"]["tower"] < 0.4
+
+
+def test_committed_grids_are_exact() -> None:
+    found = json.loads((ROOT / "lab/bench/data/patching_cpu.json").read_text(encoding="utf-8"))["cases"]
+    assert len(found) >= 4
+    for name, row in found.items():
+        assert max(row["max_difference"], row["max_difference_hf"]) <= 1e-4, name
+        assert row["ratio"] == pytest.approx(
+            row["naive_s_per_cell"]["hf"] * row["cells"] / (row["fast_s"] + row["tower_s"]), rel=0.03
+        )
 
 
 # ---- the GPU bench, on a CPU --------------------------------------------------------------------------------------

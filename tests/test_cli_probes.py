@@ -87,6 +87,11 @@ def test_probe_writes_and_keeps_no_streams(tmp_path: Path, capsys: Any) -> None:
         (["lens", "--items", "no/such.jsonl"], "no such file"), (["attention", "--items", ITEMS, "-p", "x"], "pathway 'x'"),
         (["probe", "--items", ITEMS, "--label", "q"], "no label 'q'"), (["probe", "--items", ITEMS, "--label", "direction"], "5 folds need"),
         (["lens", "--items", ITEMS, "--policy", "nope"], "nope"),
+        (["lens", "--items", ITEMS, "--policy", "."], "policy .: a folder"),
+        (["probe", "--items", ITEMS, "--seed", "-1"], "seed: "),
+        (["patch", "--items", ITEMS, "--by", "role", "--role", "video"], "role='video' chooses the rows of by='frame'"),
+        (["patch", "--items", ITEMS, "--policy", "nope"], "no preset 'nope'"),
+        (["attribute", "--items", ITEMS, "--policy", "nope"], "no preset 'nope'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(args: list[str], why: str, tmp_path: Path, capsys: Any) -> None:
@@ -150,6 +155,31 @@ def test_patch_writes_and_run_gives_it_again(tmp_path: Path, capsys: Any) -> Non
     assert data["ledger"]["forwards"] < data["ledger"]["naive"]
     code, said, _ = vlab(capsys, "run", str(folder / "recipe.yaml"), "--json")
     assert code == 0 and json.loads(said)["max_difference"] == 0
+
+
+def test_patch_and_attribute_under_a_policy(tmp_path: Path, capsys: Any) -> None:
+    """Frames that no later position may read are worth nothing."""
+    policy = tmp_path / "blind.yaml"
+    policy.write_text("format: edge-policy/1\ncuts:\n- {layers: all, q: after-video+last, k: video}\n")
+    items = '{"sim": "moving_direction", "n": 1, "seed": 4}'
+    how = ["--items", items, "--policy", str(policy)]
+    code, _, err = vlab(capsys, "patch", *how, "--metric", "probability", "-o", str(tmp_path / "patch"))
+    assert code == 0, err
+    found = Result.load(tmp_path / "patch" / "result.npz")
+    assert np.ptp(found.values) <= 1e-6 and found.recipe["policy"]["cuts"]
+    code, _, err = vlab(
+        capsys,
+        "attribute",
+        *how,
+        "--method",
+        "ablation",
+        "--output",
+        "logprob",
+        "-o",
+        str(tmp_path / "worth"),
+    )
+    assert code == 0, err
+    assert np.abs(Result.load(tmp_path / "worth" / "result.npz").values).max() <= 1e-4
 
 
 def test_patch_at_heads_and_against_another_video(tmp_path: Path, capsys: Any) -> None:

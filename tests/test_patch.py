@@ -393,6 +393,24 @@ def test_small_steps_are_estimated_right(name: str) -> None:
     assert not model_of(name).hf.training and all(p.grad is None for p in model_of(name).hf.parameters())
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_on_the_way_a_layers_rows_sum_to_the_whole_difference(name: str) -> None:
+    """Completeness of integrated gradients, at every layer's stream; DeepStack's additions move along."""
+    worlds = Worlds.of(model_of(name), **two(name))
+    logits = worlds.run()[:, -1]
+    score = Score.between(logits[0], logits[1], "logit_diff", (30, 40), None)
+    whole = score.end - score.start
+    assert abs(whole) > 1e-3
+    for site in ("resid_pre", "resid_post"):
+        found = attribution_patch(
+            worlds, "clean", "corrupted", score, site=site, steps=16, path="activations"
+        )
+        sums = torch.stack([found[i].sum() for i in range(LAYERS)])
+        assert away(sums, torch.full_like(sums, whole)) <= 0.02 * abs(whole), (site, sums, whole)
+    door = attribution_patch(worlds, "clean", "corrupted", score, site="embed", steps=16)
+    assert abs(float(door[0].sum()) - whole) <= 0.02 * abs(whole)
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 
 from lab.edges.policy import Policy
 from lab.errors import LabWarning, UsageError
+from lab.model.zoo import load
 from lab.runs import Cancel, Cancelled
 from lab.sim.planted import planted_model, questions
+from lab.sim.tasks import draw_items
 from probes import patching as probe
 from probes.patching import PatchingRecipe, attribution_patching, patching, path_patching
 from tests.families import FAMILIES, inputs
@@ -121,6 +124,36 @@ def test_more_steps_estimate_better_where_one_end_is_flat() -> None:
     assert errors[1]["pearson"] > errors[0]["pearson"]
     with pytest.raises(UsageError, match="at least 1, got 0"):
         attribution_patching(planted(), ITEMS, steps=0, show_progress=False)
+    with pytest.raises(UsageError, match="path='layers'; use one of inputs, activations"):
+        attribution_patching(planted(), ITEMS, path="layers", show_progress=False)  # pyright: ignore[reportArgumentType]
+
+
+@functools.cache
+def on_tiny(by: str, steps: int, path: Any = "inputs") -> Any:
+    """Two questions between twins, and what was warned of."""
+    items = draw_items("action_antonym", 2, 11)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = attribution_patching(
+            load("tiny", device="cpu"), items, by=by, metric="logit_diff", steps=steps, path=path, into="clean",
+            show_progress=False,
+        )  # fmt: skip
+    return found, [str(w.message) for w in said if issubclass(w.category, LabWarning)]
+
+
+def test_between_twins_one_step_is_no_guide_and_says_so() -> None:
+    """Finite differences of tiny bend within a tenth of the patch; along activations the roles come out nearly right."""
+    found, said = on_tiny("role", 1)
+    assert found.notes["against_exact"]["pearson"] < 0.5 and found.notes["passes"] == 1
+    assert len(said) == 1 and "correlate only" in said[0] and "path='activations'" in said[0]
+    some, none = on_tiny("role", 8)
+    assert some.notes["against_exact"]["pearson"] > 0.75 and some.notes["passes"] == 8 and not none
+    along, none = on_tiny("role", 8, "activations")
+    error = along.notes["against_exact"]
+    assert (
+        error["pearson"] > 0.9 and 0.85 < error["slope"] < 1.15 and along.notes["passes"] == 64 and not none
+    )
+    assert error["mean_abs"] < 0.8 * some.notes["against_exact"]["mean_abs"]
 
 
 def test_other_worlds_than_twins() -> None:

@@ -2,18 +2,31 @@
 
     python -m lab.bench.patching --out patching.json
 
-"tiny" is the bundled model on a simulated question and its twin. The others are random LLaVA-OneVisions of 16 layers
-(d 512, 8 heads, 2 of keys, MLP 2,048) on Map-the-Flow's layout: 8 frames of 144 tokens or 16 of 196 and 115 of text.
-Their tower takes a quarter of a forward: LLaVA-OneVision 7B's has a fifth of the operations and a third of the time.
 Every cell takes one frame's stream of the clean world into the corrupted one, at one layer's end (resid_post) or
-entrance (resid_pre). The fast time contains the stored runs of both worlds. Naive is one forward per cell with one hook
-under SDPA: `ratio`. Only some cells, spread over the grid, are timed, half before and half after the fast run, and their
-mean is scaled to all. `ratio_tower_kept` grants the naive way a vision side that is run once.
+entrance (resid_pre). The fast time contains the stored runs of both worlds and the vision side of both. Three naive ways:
 
-Rows set a bound on that second ratio. Patching frame f of F at the end of layer l of n changes, exactly, every row from f
-on in every later layer; nothing stored holds those states. Of whole decoder forwards that is about (F + 1) / 2F times
-1 / 2 and the text, so an exact way that computes rows as fast as the naive one stays below 4 times, whatever it stores.
-`rows` is the share that was run. Time is CPU time of the process on one thread.
+    hf           what one would run without the lab: `hf(**inputs)` of transformers under SDPA, one forward a cell, with a
+                 forward hook on the decoder layer that overwrites the frame's rows: `ratio`
+    hf_last      the same with logits_to_keep=1, which spares it the head over all positions
+    reference    the lab's own plain way, its vision side run once for all cells: `ratio_tower_kept`
+
+Only some cells, spread over the grid, are timed, half before and half after the fast run, and their mean is scaled to
+all. Both ways must give the same logits (`max_difference`, `max_difference_hf`).
+
+"tiny" is the bundled model on a simulated question and its twin. The others are random LLaVA-OneVisions:
+* the published checkpoints' depth and proportions at width 256, 25 tokens a frame and 8 of text. FLOPs by formula from the
+  checkpoints' configs (196 tokens and 729 patches a frame, 50 of text) for 16 / 32 frames, as shares of the decoder's:
+      LLaVA-OneVision 7B    28 layers, tower 0.245 / 0.236, head 0.080 / 0.076, decoder 43.6 / 90.5 TFLOPs
+      LLaVA-OneVision 0.5B  24 layers, tower 3.80 / 3.30,   head 0.319 / 0.276, decoder 2.7 / 6.2 TFLOPs
+  `flops` has the same shares of the small model, counted by torch while it runs
+* 16 layers (d 512, 8 heads, 2 of keys, MLP 2,048) on Map-the-Flow's layout: 8 frames of 144 tokens or 16 of 196, and 115
+  of text. Its head is small, its tower takes a quarter of a forward.
+
+Rows set a bound on the ratio over the decoder alone. Patching frame f of F at the end of layer l of n changes, exactly,
+every row from f on in every later layer; nothing stored holds those states. Of whole decoder forwards that is about
+(F + 1) / 2F times (n - 2) / 2n (of the last layer one row matters) and the text. An exact way that computes rows as fast as
+the naive one stays below 4 to 4.5 times there, whatever it stores; what is above comes from tower and head. `rows` is the
+share that was run. Time is CPU time of the process on one thread.
 """
 
 from __future__ import annotations
@@ -21,38 +34,70 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lab.bench import models
-from lab.bench.measuring import setting, write
+from lab.bench.measuring import counted_flops, setting, write
 from lab.bench.sweep import SHAPE, prompt
-from lab.model.zoo import load, wrap
+from lab.model.zoo import DATA, load, wrap
 from lab.patch import Worlds, take
+from lab.patch.suffix import rows_together
 from lab.sim.tasks import draw_items
 
-CASES = {
-    "tiny": (8, 64),
-    "8 frames, L 1,267": (8, 96),
-    "16 frames, L 3,251": (16, 112),
-}  # frames, side of a frame
 FIFTH = 5.0  # the least ratio aimed at
 TOWER = {"tower_d": 192, "tower_mlp": 768, "tower_layers": 8, "tower_heads": 3}
+WIDE = replace(SHAPE, **TOWER)
+SMALL = models.Shape(d=256, heads=8, kv_heads=1, side=40, patch=4)
+SEVEN = replace(
+    SMALL, layers=28, mlp=1352, vocab=10864, tower_d=192, tower_mlp=720, tower_layers=5, tower_heads=3
+)
+HALF = replace(
+    SMALL, layers=24, mlp=1392, vocab=43424, tower_d=384, tower_mlp=1440, tower_layers=14, tower_heads=6
+)
+CASES: dict[str, tuple[int, models.Shape | None]] = {
+    "tiny": (8, None),
+    "7B's proportions, 8 frames": (8, SEVEN),
+    "7B's proportions, 16 frames": (16, SEVEN),
+    "7B's proportions, 32 frames": (32, SEVEN),
+    "0.5B's proportions, 8 frames": (8, HALF),
+    "8 frames, L 1,267": (8, replace(WIDE, side=96)),
+    "16 frames, L 3,251": (16, replace(WIDE, side=112)),
+}  # frames, shape; None: the bundled model
 
 
-def worlds_of(case: str) -> Worlds:
-    """Clean and corrupted world of a case."""
-    frames, side = CASES[case]
-    if case == "tiny":
+@dataclass(frozen=True)
+class Case:
+    """The worlds of a case, and transformers' own model with the same weights under SDPA."""
+
+    worlds: Worlds
+    plain: Any
+
+
+def case_of(frames: int, shape: models.Shape | None) -> Case:
+    """Clean and corrupted world: a question and its twin, or random pixels and the same in reverse order of frames."""
+    if shape is None:
+        from transformers import LlavaOnevisionForConditionalGeneration
+
         item = draw_items("moving_direction", 1, 0, frames=frames)[0]
-        return Worlds.of(load("tiny", device="cpu"), n_frames=frames, clean=item, corrupted=item.twin)
-    shape = replace(SHAPE, side=side, **TOWER)
+        plain: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(
+            DATA / "tiny", attn_implementation="sdpa", dtype=torch.float32
+        )
+        worlds = Worlds.of(load("tiny", device="cpu"), n_frames=frames, clean=item, corrupted=item.twin)
+        return Case(worlds, plain.eval())
     model = wrap(models.build(shape))
-    clean, corrupted = (prompt(model, shape, frames) for _ in range(2))
+    laid_out = prompt if shape.tokens_per_frame > 100 else _bare
+    clean, corrupted = (laid_out(model, shape, frames) for _ in range(2))
     corrupted.inputs["pixel_values_videos"] = corrupted.inputs["pixel_values_videos"].flip(1)
-    return Worlds.of(model, clean=clean, corrupted=corrupted)
+    return Case(Worlds.of(model, clean=clean, corrupted=corrupted), models.build(shape))
+
+
+def _bare(model: Any, shape: models.Shape, frames: int) -> Any:
+    return model.prepare_inputs(**models.inputs(shape, frames, text=8))
 
 
 def seconds(work: Any) -> tuple[float, Any]:
@@ -61,59 +106,179 @@ def seconds(work: Any) -> tuple[float, Any]:
     return time.process_time() - start, found
 
 
-def measure(case: str, site: str, n_naive: int, n_rows: int) -> dict[str, Any]:
-    """Times of both ways on one grid, their largest difference, and what was computed."""
-    worlds = worlds_of(case)
-    model, tokens = worlds.model, worlds.tokens("corrupted")
+# ---- the naive ways -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainGrid:
+    """One forward of transformers a cell; the clean states are kept once, which is not counted."""
+
+    plain: Any
+    inputs: dict[str, Any]
+    clean: list[Tensor]  # entering every layer and leaving the last, [pos, d_model]
+    after: bool
+
+    @classmethod
+    def of(cls, case: Case, site: str) -> PlainGrid:
+        """For one site, resid_pre or resid_post."""
+        ready = case.worlds.ready
+        clean: list[Tensor] = []
+
+        def before(module: Any, args: Any, kw: Any) -> None:
+            clean.append((args[0] if args else kw["hidden_states"])[0].clone())
+
+        layers = case.plain.model.language_model.layers
+        with ExitStack() as open_:
+            for layer in layers:
+                open_.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            open_.callback(
+                layers[-1]
+                .register_forward_hook(lambda m, a, out: clean.append(_state(out)[0].clone()))
+                .remove
+            )
+            with torch.no_grad():
+                case.plain(**ready["clean"].inputs, use_cache=False)
+        return cls(case.plain, ready["corrupted"].inputs, clean, site == "resid_post")
+
+    @torch.no_grad()
+    def run(self, layer: int, rows: Tensor, **kw: Any) -> Tensor:
+        """Logits at the last position, [d_vocab]."""
+        new = self.clean[layer + self.after][rows]
+
+        def patch(state: Tensor) -> Tensor:
+            state = state.clone()
+            state[0, rows] = new
+            return state
+
+        def leaving(module: Any, args: Any, out: Any) -> Any:
+            return (patch(out[0]), *out[1:]) if isinstance(out, tuple) else patch(out)
+
+        def entering(module: Any, args: Any) -> Any:
+            return (patch(args[0]), *args[1:])
+
+        at = self.plain.model.language_model.layers[layer]
+        hook = at.register_forward_hook(leaving) if self.after else at.register_forward_pre_hook(entering)
+        try:
+            return self.plain(**self.inputs, use_cache=False, **kw).logits[0, -1]
+        finally:
+            hook.remove()
+
+
+def _state(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass
+class Naive:
+    """The timed cells of every naive way: seconds, and logits."""
+
+    worlds: Worlds
+    grid: PlainGrid
+    spent: dict[str, float]
+    logits: dict[str, list[Tensor]]
+
+    def add(self, cells: Sequence[Any]) -> None:
+        """Run some cells in every way, the ways in turn."""
+        tokens = self.worlds.tokens("corrupted")
+        for [edit] in cells:
+            rows = edit.rows(tokens)
+            layer = edit.layers[0]
+            self._time("hf", lambda r=rows, i=layer: self.grid.run(i, r))
+            self._time("hf_last", lambda r=rows, i=layer: self.grid.run(i, r, logits_to_keep=1))
+        self._reference(cells)
+
+    def _time(self, way: str, work: Any) -> None:
+        took, found = seconds(work)
+        self.spent[way] = self.spent.get(way, 0.0) + took
+        self.logits.setdefault(way, []).append(found)
+
+    def _reference(self, cells: Sequence[Any]) -> None:
+        """One forward of ours a cell; the clean world's run, done once for all cells, is not counted."""
+        before = self.worlds.ledger
+        clean_s, _ = seconds(lambda: self.worlds.evaluate([[]], into="clean", executor="reference"))
+        took, out = seconds(lambda: self.worlds.evaluate(cells, into="corrupted", executor="reference"))
+        self.worlds.ledger = before
+        self.spent["reference"] = self.spent.get("reference", 0.0) + took - clean_s
+        self.logits.setdefault("reference", []).extend(out)
+
+
+# ---- one grid -------------------------------------------------------------------------------------------------------
+
+
+def measure(name: str, site: str, n_naive: int, n_rows: int | None) -> dict[str, Any]:
+    """Times of all ways on one grid, their largest differences, and what was computed."""
+    case = case_of(*CASES[name])
+    worlds, tokens = case.worlds, case.worlds.tokens("corrupted")
+    model = worlds.model
     cells = [
         [take("clean -> corrupted", site=site, layers=layer, role="video", frame=f)]
         for layer in range(model.cfg.n_layers)
         for f in range(tokens.n_frames)
     ]
-    tower = 0.0
-    for ready in worlds.ready.values():
-        ready.memo.clear()
-        tower, _ = seconds(lambda r=ready: model.see(r))  # from here on the vision side is kept
     chosen = torch.linspace(0, len(cells) - 1, n_naive).long().tolist()
-    some = [chosen[: n_naive // 2], chosen[n_naive // 2 :]]
-    naive_s, found = _naive(worlds, [[cells[i] for i in part] for part in some[:1]])
+    naive = Naive(worlds, PlainGrid.of(case, site), {}, {})
+    tower_s = _see(worlds)  # from here on the vision side is kept
+    naive.add([cells[i] for i in chosen[: n_naive // 2]])
+    worlds.ledger = type(worlds.ledger)()
     fast_s, fast = seconds(lambda: worlds.evaluate(cells, into="corrupted", n_rows=n_rows))
     spent = worlds.ledger
-    more_s, more = _naive(worlds, [[cells[i] for i in part] for part in some[1:]])
-    each, reference = (naive_s + more_s) / n_naive, torch.cat([found, more])
+    naive.add([cells[i] for i in chosen[n_naive // 2 :]])
+    each = {way: took / n_naive for way, took in naive.spent.items()}
+    apart = {way: float((fast[chosen] - torch.stack(out)).abs().max()) for way, out in naive.logits.items()}
+    whole = fast_s + tower_s
     return {
         "positions": len(tokens), "layers": model.cfg.n_layers, "frames": tokens.n_frames, "cells": len(cells), "site": site,
-        "naive_s_per_cell": round(each, 4), "naive_s_scaled": round(each * len(cells), 2), "fast_s": round(fast_s, 2),
-        "tower_s": round(tower, 4), "ratio": round((each + tower) * len(cells) / fast_s, 2),
-        "ratio_tower_kept": round(each * len(cells) / fast_s, 2), "ratio_aimed_at": FIFTH,
-        "rows": round(spent.forwards / len(cells), 3),
+        "naive_s_per_cell": {way: round(s, 4) for way, s in each.items()}, "fast_s": round(fast_s, 2),
+        "tower_s": round(tower_s, 4), "ratio": round(each["hf"] * len(cells) / whole, 2),
+        "ratio_hf_last": round(each["hf_last"] * len(cells) / whole, 2),
+        "ratio_tower_kept": round(each["reference"] * len(cells) / fast_s, 2), "ratio_aimed_at": FIFTH,
+        "rows": round(spent.forwards / len(cells), 3), "flops": _flops(case),
         "ledger_of_fast": spent.plain(), "reason": worlds.reason, "naive_cells_timed": n_naive,
-        "max_difference": float((fast[chosen] - reference).abs().max()),
-        "mean_change": float((fast - worlds.run()[1]).abs().amax(1).mean()), "n_rows": n_rows,
+        "max_difference": apart["reference"], "max_difference_hf": max(apart["hf"], apart["hf_last"]),
+        "mean_change": float((fast - worlds.run()[1]).abs().amax(1).mean()), "n_rows": n_rows or rows_together(model),
     }  # fmt: skip
 
 
-def _naive(worlds: Worlds, parts: Sequence[Any]) -> tuple[float, torch.Tensor]:
-    """One forward a cell; the clean world's run, done once for all cells, is not counted."""
-    cells = [c for part in parts for c in part]
-    worlds.ledger = type(worlds.ledger)()
-    clean_s, _ = seconds(lambda: worlds.evaluate([[]], into="clean", executor="reference"))
-    taken, out = seconds(lambda: worlds.evaluate(cells, into="corrupted", executor="reference"))
-    worlds.ledger = type(worlds.ledger)()
-    return taken - clean_s, out
+def _see(worlds: Worlds) -> float:
+    """Seconds of the vision side of both worlds."""
+    total = 0.0
+    for ready in worlds.ready.values():
+        ready.memo.clear()
+        took, _ = seconds(lambda r=ready: worlds.model.see(r))
+        total += took
+    return total
+
+
+def _flops(case: Case) -> dict[str, float]:
+    """Tower (with its projector) and head of one forward of transformers, as shares of the decoder's FLOPs."""
+    inputs = case.worlds.ready["corrupted"].inputs
+    n = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        last = counted_flops(lambda: case.plain(**inputs, use_cache=False, logits_to_keep=1))
+        head = (counted_flops(lambda: case.plain(**inputs, use_cache=False)) - last) / (n - 1)
+        texts = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+        decoder = counted_flops(lambda: case.plain(**texts, use_cache=False, logits_to_keep=1)) - head
+    return {"tower": round((last - head - decoder) / decoder, 3), "head": round(head * n / decoder, 3)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Cost of a causal-tracing grid, stored runs against naive.")
     parser.add_argument("--naive", type=int, default=16, help="how many of the naive cells are timed")
-    parser.add_argument("--rows", type=int, default=4096, help="rows run together")
-    parser.add_argument("--cases", nargs="*", default=list(CASES)[:2], choices=list(CASES))
+    parser.add_argument("--rows", type=int, help="rows run together; absent: what the lab takes")
+    parser.add_argument("--cases", nargs="*", default=list(CASES)[:5], choices=list(CASES))
     parser.add_argument("--sites", nargs="*", default=["resid_post", "resid_pre"])
     parser.add_argument("--out", help="json file; standard output if absent")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found = {f"{c}, {s}": measure(c, s, args.naive, args.rows) for c in args.cases for s in args.sites}
-    write(args.out, {"setting": setting(), "shape": asdict(replace(SHAPE, **TOWER)), "cases": found})
+    found: dict[str, Any] = {}
+    shapes = {c: asdict(shape) for c, (_, shape) in CASES.items() if shape is not None and c in args.cases}
+    for site in args.sites:
+        for case in args.cases:
+            found[f"{case}, {site}"] = measure(case, site, args.naive, args.rows)
+            if args.out:  # what has been measured is kept if it is stopped
+                write(args.out, {"setting": setting(), "shapes": shapes, "cases": found})
+    if not args.out:
+        write(None, {"setting": setting(), "shapes": shapes, "cases": found})
 
 
 if __name__ == "__main__":

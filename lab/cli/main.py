@@ -387,6 +387,7 @@ def patch(
     into: Annotated[str, typer.Option("--into", metavar="WORLD", help="corrupted: restore the answer; clean: undo it.")] = "corrupted",
     against: Against = None,
     metric: Annotated[str, typer.Option("--metric", metavar="NAME", help="recovered, logit_diff, probability or flip.")] = "recovered",
+    policy: UnderPolicy = None,
     out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/patch",
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -394,7 +395,14 @@ def patch(
     from lab.cli import asking, patching
 
     def work() -> Reply:
-        asked = {"site": site, "role": role, "into": into, "against": against, "metric": metric}
+        asked = {
+            "site": site,
+            "role": role,
+            "into": into,
+            "against": against,
+            "metric": metric,
+            "policy": policy,
+        }
         return patching.patch_items(
             items, asking.Setting(model, device, dtype, frames, None), by, window, asked, out
         )
@@ -412,6 +420,7 @@ def attribute(
     against: Against = None,
     target: Annotated[str | None, typer.Option("--target", metavar="TEXT", help="'generated', or a text (default: the answer).")] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="NAME", help="logit_diff, logit or logprob.")] = None,
+    policy: UnderPolicy = None,
     out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/attribute",
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -426,6 +435,7 @@ def attribute(
             "against": against,
             "target": target,
             "output": output,
+            "policy": policy,
         }
         return patching.attribute_items(
             items, asking.Setting(model, device, dtype, frames, None), layer, asked, out

@@ -18,12 +18,12 @@ from lab.errors import UsageError
 
 
 def patch_items(
-    items: str, setting: Setting, by: str, layers: int | None, asked: Mapping[str, Any], out: str
+    items: str, setting: Setting, by: str, window: int | None, asked: Mapping[str, Any], out: str
 ) -> Reply:
     """A patching grid: result, report, picture and recipe in folder `out`; interrupted, the same command goes on."""
     from probes.patching import PatchingRecipe
 
-    fields = {**asked, "by": by, "window": 1 if layers is None else layers}
+    fields = {**asked, "by": by, "window": 1 if window is None else window}
     return _probed(PatchingRecipe, items, setting, fields, out)
 
 
@@ -46,6 +46,7 @@ def attribute_items(
 def _probed(
     kind: Any, items: str, setting: Setting, fields: Mapping[str, Any], out: str, *, paint: bool = False
 ) -> Reply:
+    from lab.cli.policies import find
     from lab.recipe import ModelSpec
 
     if setting.fps is not None:
@@ -53,6 +54,8 @@ def _probed(
     source, started = source_of(items), time.monotonic()
     model = setting.load()
     given = {k: v for k, v in fields.items() if v is not None}
+    if "policy" in given:
+        given["policy"] = find(given["policy"], model.cfg.n_layers).to_dict()
     recipe = checked(
         kind, model=ModelSpec(**(model.spec or {})), items=source, n_frames=setting.frames or 8, **given
     )

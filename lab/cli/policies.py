@@ -18,6 +18,10 @@ def find(name: str, layers: int | None) -> Any:
 
     if Path(name).suffix.lower() in SUFFIXES or Path(name).is_file():
         return Policy.load(name)
+    if Path(name).is_dir():
+        raise UsageError(
+            f"policy {name}: a folder; give a file that ends in {', '.join(SUFFIXES)}, or a preset"
+        )
     try:
         return presets.named(name, layers)
     except UsageError as e:

@@ -27,6 +27,17 @@ from lab.patch.stored import Stored, logits_of, stored_run, why_not_stored
 from lab.runs import Ledger
 from lab.side import Side
 
+CACHED = (
+    1 << 19
+)  # numbers in one MLP activation beyond which a CPU's element-wise work takes several times as long
+
+
+def rows_together(model: Any) -> int:
+    """How many rows to run together: on a CPU as many as stay within its caches, elsewhere enough to fill the device."""
+    if model.device.type != "cpu":
+        return 4096
+    return min(max(CACHED // max(model.cfg.d_mlp, model.cfg.d_model), 256), 4096)
+
 
 def evaluate(
     worlds: Any, cells: Sequence[Sequence[Any]], into: str, executor: str, n_rows: int

@@ -202,24 +202,26 @@ class Worlds:
 
     @torch.no_grad()
     def evaluate(
-        self, cells: Sequence[Sequence[Edit]], *, into: str, executor: str = "fast", n_rows: int = 4096
+        self, cells: Sequence[Sequence[Edit]], *, into: str, executor: str = "fast", n_rows: int | None = None
     ) -> Float[Tensor, "cell d_vocab"]:
         """Logits of world `into` at the last position under each set of edits; the other worlds run as they are.
 
         executor  "fast": from one stored run of every world, only rows that can change and matter are computed; takes
                   the reference way where that is not exact, and `reason` says why. "reference": one forward a cell
-        n_rows    about how many rows "fast" runs together
+        n_rows    about how many rows "fast" runs together; None: what suits the device
         Raises UsageError for edits of another world.
         """
-        from lab.patch.suffix import evaluate
+        from lab.patch.suffix import evaluate, rows_together
 
         if executor not in ("fast", "reference"):
             raise UsageError(f"executor={executor!r}; use 'fast' or 'reference'")
         for cell in cells:
             self._check(cell, only=self._known(into))
+        if n_rows is not None and n_rows < 1:
+            raise UsageError(f"n_rows must be at least 1, got {n_rows}")
         if not cells:
             raise UsageError("no sets of edits given; an empty set, (), gives the run as it is")
-        out, spent, self.reason = evaluate(self, cells, into, executor, n_rows)
+        out, spent, self.reason = evaluate(self, cells, into, executor, n_rows or rows_together(self.model))
         self.ledger = self.ledger + spent
         return out
 
