@@ -1,11 +1,12 @@
-"""Search by scores: the finest units of all layers together, least predicted loss for their weight first.
+"""Search unit by unit: the finest units of all layers together, least loss for their weight first.
 
-Each round 1 scores what is left under what is cut already (`lab.edges.scores`; linear predictions go stale as cuts add
-up)   2 cuts units in that order, many at once: as long as far too many are tried, fewer   3 where a run of them is too
-much, finds the unit to blame on the samples that suffered most, keeps it for this round and tries the run without it.
+Each round 1 measures what cutting each unit alone would do now, exactly, on the few samples whose answers are least sure;
+with too few samples to pay for that it takes scores instead (`lab.edges.scores`), made anew under what is cut   2 cuts
+units in that order, many at once: as long as far too many are tried, fewer   3 where a run of them is too much, finds
+the unit to blame on the samples that suffered most, keeps it for this round and tries the run without it.
 A trial that fails does so on its first samples and costs little; one that holds costs a forward a sample, so there
-should be few of them, and large. Rounds share what is left of the budget, so that the first one, whose scores know
-least, cannot spend it all. Scores order the trials; every cut is tried exactly.
+should be few of them, and large. Rounds share what is left of the budget, so that the first one, which knows least,
+cannot spend it all. What is measured here orders the trials; every cut is tried exactly on all samples.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 from lab.edges.units import Unit
 from lab.runs import progress
 
-ROUNDS = 4
+ROUNDS = 3
+AFFORDED = 0.3  # share of the forwards left that measuring single units may take, were each a whole forward
+LEAST = 1e-6  # nats of KL below which units are alike: rounding
 SCORING = 4.0  # forwards a sample that scores take: one forward, one backward with sums on the way
 COARSE = 8  # a run longer than this part of what there is to cut is halved when it fails; a shorter one loses its culprit
 CULPRITS, LAST = 16, 64  # a round ends after so many; and the last round
@@ -29,14 +32,19 @@ def fill(search: Any, *, show: bool) -> None:
     """Carry the rounds out on a `lab.edges.searching.Searcher`, until its forwards are spent."""
     for done in progress(range(ROUNDS), desc="search", show=show, cancel=search.cancel):
         last = done == ROUNDS - 1
-        if (done or search.guess is None) and search.left() > 2 * SCORING * len(search.trials):
-            search.relinearise()
-        _fill(
-            search,
-            search.ordered(_leaves(search)),
-            share=1 / (ROUNDS - done),
-            spare=LAST if last else CULPRITS,
-        )
+        order = _ordered(search, _leaves(search))
+        _fill(search, order, share=1 / (ROUNDS - done), spare=LAST if last else CULPRITS)
+
+
+def _ordered(search: Any, leaves: list[Unit]) -> list[Unit]:
+    """Least loss for its weight first: by exact KL where that is cheap enough, else by scores made anew."""
+    samples = search.unsure(max(LOOKED_AT, len(search.trials) // 40))
+    if len(leaves) * len(samples) <= AFFORDED * search.left():
+        kl = search.alone(leaves, samples)
+        return sorted(leaves, key=lambda u: (max(kl[u], LEAST) / max(search.weight(u), 1e-9), u))
+    if (search.cut or search.guess is None) and search.left() > 2 * SCORING * len(search.trials):
+        search.relinearise()
+    return search.ordered(leaves)
 
 
 def _leaves(search: Any) -> list[Unit]:

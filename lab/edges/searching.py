@@ -514,16 +514,42 @@ class Searcher:
         if most < before.forwards:
             raise _Enough
         effect = self.trials.effect(wanted, lambda e: too_much(e) or self.trials.spent.forwards > most, only)
-        now = self.trials.spent
-        spent = Ledger(
-            now.forwards - before.forwards, now.naive - before.naive, now.tower_calls - before.tower_calls
-        )
-        self.spent += spent
+        spent = self._since(before)
         if effect.seen.sum() < len(only or self.trials) and not too_much(effect):
             raise _Enough  # broken off for want of forwards: says nothing about the units
         if self.run_ is not None:
             self.run_.record(key, {"effect": effect.plain(), "spent": spent.plain()}, spent)
         return effect
+
+    def alone(self, units: Sequence[Unit], samples: Sequence[int]) -> dict[Unit, float]:
+        """Mean KL on some samples of cutting each unit alone on top of what is cut. Journalled."""
+        key = f"alone|{_key(len(self.steps), self.cut, 0.0, 0)}|{','.join(map(str, samples))}"
+        if self.run_ is not None and self.run_.done(key):
+            found = self.run_.results()[key]
+            self.spent += Ledger(**found["spent"])
+            return dict(zip(units, found["kl"], strict=True))
+        before = self.trials.spent
+        kl = self.trials.alone(units, frozenset(self.cut), samples).tolist()
+        spent = self._since(before)
+        if self.run_ is not None:
+            self.run_.record(key, {"kl": kl, "spent": spent.plain()}, spent)
+        return dict(zip(units, kl, strict=True))
+
+    def unsure(self, n: int) -> list[int]:
+        """The samples whose answers are least sure (see `Trials.unsure`); takes everybody's clean run."""
+        before = self.trials.spent
+        found = self.trials.unsure(n)
+        self._since(before)
+        return found
+
+    def _since(self, before: Ledger) -> Ledger:
+        """What trials have spent since; booked."""
+        now = self.trials.spent
+        spent = Ledger(
+            now.forwards - before.forwards, now.naive - before.naive, now.tower_calls - before.tower_calls
+        )
+        self.spent += spent
+        return spent
 
     def _known(self, found: Mapping[str, Any]) -> Effect:
         effect = Effect.read(found["effect"])

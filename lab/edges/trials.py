@@ -28,6 +28,7 @@ from lab.model.answering import letter_ids
 from lab.model.ready import Ready
 from lab.runs import Ledger
 
+TOGETHER = 64  # cut runs of one sample whose masks exist at once
 KEPT = 0.25  # share of free memory that stored clean runs may take
 
 
@@ -189,6 +190,28 @@ class Trials:
                 break
         self.learn(out)
         return out
+
+    def alone(
+        self, units: Sequence[Unit], cut: frozenset[Unit], samples: Sequence[int]
+    ) -> NDArray[np.float64]:
+        """KL of cutting each unit alone on top of `cut`, [unit], nats, mean over some samples. Many go through together."""
+        found = np.zeros((len(samples), len(units)))
+        for row, i in zip(found, samples, strict=True):
+            store = self.store(i)
+            before = store.ledger
+            for start in range(0, len(units), TOGETHER):
+                some = units[start : start + TOGETHER]
+                logits = run_cut(self.model, store, [self.grids[i].cuts(cut | {u}) for u in some])
+                row[start : start + len(some)] = [
+                    self._clean[i].kl(self.read(one[-1], self.readies[i].item)) for one in logits
+                ]
+            self._book(store.ledger.forwards - before.forwards, len(units))
+        return found.mean(0)
+
+    def unsure(self, n: int) -> list[int]:
+        """The samples whose answers are least sure: they are the first to change. Fewer than `n` if there are not so many."""
+        margins = [a.margin(a.choice) for a in map(self.clean, range(len(self)))]
+        return np.argsort(margins, kind="stable")[:n].tolist()
 
     def learn(self, effect: Effect) -> None:
         """Samples that suffered go first from now on (also for effects read from a journal)."""
