@@ -182,6 +182,34 @@ def test_patch_and_attribute_under_a_policy(tmp_path: Path, capsys: Any) -> None
     assert np.abs(Result.load(tmp_path / "worth" / "result.npz").values).max() <= 1e-4
 
 
+BLIND = "mixture_of_depths:keep=0,layers=all,selector=uniform,gate=none"  # no video token enters any layer
+
+
+@pytest.mark.parametrize("command", ["patch", "attribute", "lens", "attention", "probe", "sweep"])
+def test_every_probe_with_a_mechanism_on(command: str, tmp_path: Path, capsys: Any) -> None:
+    """Where no video token enters a layer, none is worth anything; and what was on stands in the recipe."""
+    items = '{"sim": "moving_direction", "n": 4, "seed": 4}'
+    more = {
+        "patch": ("--metric", "probability"), "attribute": ("--method", "ablation", "--output", "logprob"),
+        "lens": ("-t", "last"), "attention": ("--no-causal",), "probe": ("--role", "last", "--folds", "2"),
+        "sweep": ("-p", "video->last", "--metric", "answer"),
+    }[command]  # fmt: skip
+    code, _, err = vlab(
+        capsys, command, "--items", items, "--mechanism", BLIND, *more, "-o", str(tmp_path / "on")
+    )
+    assert code == 0, err
+    found = Result.load(tmp_path / "on" / "result.npz")
+    assert found.recipe["mechanisms"][0]["keep"] == 0
+    if command == "patch":
+        assert np.ptp(found.values, axis=(1, 2)).max() <= 1e-6
+    elif command in ("attribute", "sweep"):
+        assert np.abs(found.values).max() <= 1e-4
+    code, _, err = vlab(
+        capsys, command, "--items", items, "--mechanism", "vidkw", "-o", str(tmp_path / "wrong")
+    )
+    assert code == 2 and "no mechanism 'vidkw'" in err and not (tmp_path / "wrong").exists()
+
+
 def test_patch_at_heads_and_against_another_video(tmp_path: Path, capsys: Any) -> None:
     items = '{"sim": "object_count", "n": 1}'
     asked = ["--by", "head", "--site", "z", "--role", "last", "--against", "blank", "--metric", "logit_diff"]

@@ -6,7 +6,7 @@
 
 1 three searches on three draws of calibration items, and how far their policies agree   2 the first policy beside every
 baseline on `--table` held-out items   3 the first policy, the paper's scaled one and the two earliest exits that may do on
-all `--holdout` items: the claim   4 the policy at 12 and 16 frames   5 `report.json` with every number, and whether it meets what is aimed at;
+all `--holdout` items: the claim   4 the policy at 12 and 16 frames   5 with `--by-task`, what each task alone needs   6 `report.json` with every number, and whether it meets what is aimed at;
 pictures. Journals lie in the folder: the same command goes on where it stopped. Calibration and held-out items are
 drawn with different seeds, and items that happen to be equal are left out.
 """
@@ -72,16 +72,32 @@ def _name(item: VideoQA) -> tuple[str, str, tuple[str, ...]]:
     return video_key(item), item.question, item.options
 
 
+def searched(model: Any, items: Sequence[VideoQA], args: argparse.Namespace, out: Path) -> Found:
+    """One search as the arguments say, journalled."""
+    return search(
+        model, list(items), budget={"kl": args.kl, "flips": args.flips, "forwards": AIMS["forwards_per_item"]},
+        roles="portable" if args.portable else "all", finer=tuple(args.finer), method=args.method, out=out,
+    )  # fmt: skip
+
+
 def searches(model: Any, args: argparse.Namespace, out: Path) -> dict[str, Found]:
-    """One search for every seed, journalled."""
-    found: dict[str, Found] = {}
-    for seed in range(args.seeds):
-        items = calibration(args.tasks, args.calibration, seed)
-        found[f"seed {seed}"] = search(
-            model, items, budget={"kl": args.kl, "flips": args.flips, "forwards": AIMS["forwards_per_item"]},
-            roles="portable" if args.portable else "all", finer=tuple(args.finer), method=args.method,
-            out=out / f"search-{seed}",
-        )  # fmt: skip
+    """One search for every seed."""
+    items = {seed: calibration(args.tasks, args.calibration, seed) for seed in range(args.seeds)}
+    return {f"seed {s}": searched(model, some, args, out / f"search-{s}") for s, some in items.items()}
+
+
+def by_task(model: Any, args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """What each task alone needs: a policy of its own, measured on other questions of that task."""
+    found: dict[str, Any] = {}
+    for task in args.tasks if args.by_task else ():
+        items = calibration([task], args.by_task, 0)
+        policy, trail = searched(model, items, args, out / f"task-{task}")
+        tested = holdout([task], args.holdout // len(args.tasks), items)
+        told = evaluate(model, policy, tested, "none", out=out / f"task-{task}-held")
+        part = told.select(task="all", policy="policy")
+        numbers = dict(zip(part.coords["measure"], part.values.tolist(), strict=True))
+        found[task] = {"items": len(tested), **numbers, **_search(Found(policy, trail))}
+        policy.save(out / f"task-{task}.yaml")
     return found
 
 
@@ -150,6 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--more-frames", type=int, default=200, help="held-out items at 12 and 16 frames each; 0: none"
     )
+    parser.add_argument(
+        "--by-task", type=int, default=0, help="calibration items of a search for each task; 0: none"
+    )
     parser.add_argument("--kl", type=float, default=0.02)
     parser.add_argument("--flips", type=float, default=0.03)
     parser.add_argument("--finer", nargs="*", default=["head", "distance"])
@@ -202,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "setting": setting(model.device), "args": vars(args), "verdict": verdict(told, trail),
         "searches": {n: _search(f) for n, f in found.items()}, "overlap": pictures["overlap"].values.tolist() if "overlap" in pictures else None,
         "areas": {k: {"cpr": v["cpr"], "cmd": v["cmd"]} for k, v in table.notes["curves"].items()},
-        "frames": {n: _accuracies(r) for n, r in longer.items()}, "tasks": _by_task(told), "table": _by_policy(table),
+        "frames": {n: _accuracies(r) for n, r in longer.items()}, "tasks": _by_task(told), "by_task": by_task(model, args, out), "table": _by_policy(table),
     })  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from lab.cli.output import Reply, table
 from lab.cli.probing import checked
 from lab.cli.rerunning import resumable
 from lab.cli.sweeps import source_of
+from lab.cli.switching import described
 from lab.cli.tracing import folder_for
-from lab.errors import ConfigError, LabError, UsageError
-from lab.yamlfile import parse_yaml
+from lab.errors import UsageError
 
 if TYPE_CHECKING:
     from lab.comparison import Report
@@ -59,40 +59,6 @@ def _labels(option: str, given: Sequence[str]) -> list[tuple[str, str]]:
 def _labelled(text: str) -> tuple[str, str]:
     label, equals, what = text.partition("=")
     return (label.strip(), what) if equals and ":" not in label else (text, text)
-
-
-def described(text: str) -> tuple[dict[str, Any], ...]:
-    """What `--mechanism` says, as the plain data of a recipe: NAME, NAME:field=value,..., several with +.
-
-    Raises UsageError for what cannot be read or is no mechanism.
-    """
-    return tuple(_one(part) for part in text.split("+"))
-
-
-def _one(text: str) -> dict[str, Any]:
-    from lab.mechanisms import KEY, load, of_plain, plain
-
-    name, colon, said = text.strip().partition(":")
-    module = load(name.replace("-", "_"))
-    if not colon:
-        return plain(module.EXAMPLE)
-    data = {KEY: f"{module.__name__.rpartition('.')[2]}.{type(module.EXAMPLE).__name__}", **_fields(said)}
-    try:
-        of_plain(data)
-    except LabError as e:
-        raise UsageError(f"--mechanism {text}: {e}") from None
-    return data
-
-
-def _fields(said: str) -> dict[str, Any]:
-    wrong = f"--mechanism: cannot read {said!r}; write settings as keep=0.2,selector=random"
-    try:
-        read = parse_yaml("{" + said.replace("=", ": ") + "}", "--mechanism")
-    except ConfigError:
-        raise UsageError(wrong) from None
-    if not isinstance(read, dict) or any(v is None for v in read.values()):
-        raise UsageError(wrong)
-    return read
 
 
 def _accuracy(report: Report) -> dict[str, list[float]]:

@@ -159,6 +159,16 @@ def trace(
     _finish(work, as_json)
 
 
+On = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mechanism",
+        metavar="NAME",
+        help="With a mechanism on: a file of lab.mechanisms, settings after a colon (mixture_of_depths:keep=0.2); repeat for more.",
+    ),
+]
+
+
 @app.command(short_help="Trace many questions at once.")
 def sweep(
     items: Annotated[
@@ -189,6 +199,7 @@ def sweep(
             help="fast: from one stored clean run a question; reference: one full forward a point.",
         ),
     ] = "fast",
+    mechanism: On = None,
     out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/sweep",
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -199,6 +210,7 @@ def sweep(
         setting = asking.Setting(model, device, dtype, frames, None)
         asked = sweeps.Asked(
             items, out, video_root, pathway or (), window, style, metric or (), target, heads, frame_pairs, split, panel, executor,
+            mechanism or (),
         )  # fmt: skip
         return sweeps.sweep_items(asked, setting)
 
@@ -312,7 +324,7 @@ def lens(
     by: Annotated[str, typer.Option("--by", metavar="NAME", help="role, frame or patch.")] = "role",
     site: Site = "resid_post",
     mode: Annotated[str, typer.Option("--mode", metavar="NAME", help="normed; raw or paper: without the final norm.")] = "normed",
-    layers: TheLayers = None, policy: UnderPolicy = None,
+    layers: TheLayers = None, policy: UnderPolicy = None, mechanism: On = None,
     paint: Annotated[int | None, typer.Option("--paint", metavar="LAYER", help="Also write the best words of this layer over the first video's frames.")] = None,
     out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/lens",
     as_json: Json = False,
@@ -321,7 +333,9 @@ def lens(
     from lab.cli import asking, probing
 
     def work() -> Reply:
-        over = probing.Over(items, asking.Setting(model, device, dtype, frames, None), policy, layers, out)
+        over = probing.Over(
+            items, asking.Setting(model, device, dtype, frames, None), policy, mechanism, layers, out
+        )
         return probing.lens(over, tokens or [], word or [], measure, by, site, mode, paint)
 
     _finish(work, as_json)
@@ -330,7 +344,7 @@ def lens(
 @app.command(short_help="Where heads look, and whether it matters.")
 def attention(
     items: Items, model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None,
-    pathway: Pathway = None, layers: TheLayers = None, policy: UnderPolicy = None,
+    pathway: Pathway = None, layers: TheLayers = None, policy: UnderPolicy = None, mechanism: On = None,
     causal: Annotated[bool, typer.Option("--causal/--no-causal", help="Knock the same edges out, layer by layer.")] = True,
     out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/attention",
     as_json: Json = False,
@@ -339,7 +353,9 @@ def attention(
     from lab.cli import asking, probing
 
     def work() -> Reply:
-        over = probing.Over(items, asking.Setting(model, device, dtype, frames, None), policy, layers, out)
+        over = probing.Over(
+            items, asking.Setting(model, device, dtype, frames, None), policy, mechanism, layers, out
+        )
         return probing.attention(over, pathway or [], causal)
 
     _finish(work, as_json)
@@ -350,7 +366,7 @@ def probe(
     items: Items, model: Model = "tiny", frames: Frames = None, device: Device = None, dtype: Dtype = None,
     label: Annotated[str, typer.Option("--label", metavar="NAME", help="answer, letter, direction, colour, shape, count, position, time or 'next event'.")] = "answer",
     role: Annotated[list[str] | None, typer.Option("--role", "-r", metavar="ROLE", help="Tokens to read (mean of each): video, last, frame:3, or frames: each by itself; repeat for more.")] = None,
-    site: Site = "resid_post", layers: TheLayers = None, policy: UnderPolicy = None,
+    site: Site = "resid_post", layers: TheLayers = None, policy: UnderPolicy = None, mechanism: On = None,
     folds: Annotated[int, typer.Option("--folds", metavar="N", help="Groups of videos held out in turn.")] = 5,
     twins: Annotated[bool, typer.Option("--twins", help="Take every simulated item's twin too.")] = False,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of folds, shuffled labels and intervals.")] = 0,
@@ -361,7 +377,9 @@ def probe(
     from lab.cli import asking, probing
 
     def work() -> Reply:
-        over = probing.Over(items, asking.Setting(model, device, dtype, frames, None), policy, layers, out)
+        over = probing.Over(
+            items, asking.Setting(model, device, dtype, frames, None), policy, mechanism, layers, out
+        )
         return probing.linear(over, label, role or [], site, folds, twins, seed)
 
     _finish(work, as_json)
@@ -387,7 +405,7 @@ def patch(
     into: Annotated[str, typer.Option("--into", metavar="WORLD", help="corrupted: restore the answer; clean: undo it.")] = "corrupted",
     against: Against = None,
     metric: Annotated[str, typer.Option("--metric", metavar="NAME", help="recovered, logit_diff, probability or flip.")] = "recovered",
-    policy: UnderPolicy = None,
+    policy: UnderPolicy = None, mechanism: On = None,
     out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/patch",
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -402,6 +420,7 @@ def patch(
             "against": against,
             "metric": metric,
             "policy": policy,
+            "mechanisms": mechanism,
         }
         return patching.patch_items(
             items, asking.Setting(model, device, dtype, frames, None), by, window, asked, out
@@ -420,7 +439,7 @@ def attribute(
     against: Against = None,
     target: Annotated[str | None, typer.Option("--target", metavar="TEXT", help="'generated', or a text (default: the answer).")] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="NAME", help="logit_diff, logit or logprob.")] = None,
-    policy: UnderPolicy = None,
+    policy: UnderPolicy = None, mechanism: On = None,
     out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the files go.")] = "out/attribute",
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -436,6 +455,7 @@ def attribute(
             "target": target,
             "output": output,
             "policy": policy,
+            "mechanisms": mechanism,
         }
         return patching.attribute_items(
             items, asking.Setting(model, device, dtype, frames, None), layer, asked, out

@@ -14,6 +14,7 @@ from lab.cli.output import Reply, folder_for
 from lab.cli.probing import checked
 from lab.cli.rerunning import resumable, write_results
 from lab.cli.sources import source_of
+from lab.cli.switching import switched_on
 from lab.errors import UsageError
 
 
@@ -52,8 +53,9 @@ def _probed(
     if setting.fps is not None:
         raise UsageError("--fps: a probe takes the same number of frames of every video; use --frames")
     source, started = source_of(items), time.monotonic()
-    model = setting.load()
     given = {k: v for k, v in fields.items() if v is not None}
+    given["mechanisms"] = switched_on(given.get("mechanisms"))
+    model = setting.load()
     if "policy" in given:
         given["policy"] = find(given["policy"], model.cfg.n_layers).to_dict()
     recipe = checked(

@@ -14,16 +14,18 @@ from lab.cli.keeping import keep
 from lab.cli.output import Reply, folder_for
 from lab.cli.rerunning import resumable, write_results
 from lab.cli.sources import source_of
+from lab.cli.switching import switched_on
 from lab.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Over:
-    """What every probe is asked over: items as `--items` names them, a model, a policy, and where the files go."""
+    """What every probe is asked over: items as `--items` names them, a model, a policy and mechanisms, and where the files go."""
 
     items: str
     setting: Setting
     policy: str | None
+    mechanisms: Sequence[str] | None
     layers: str | None
     out: str
 
@@ -35,7 +37,7 @@ class Over:
         rules = None if self.policy is None else find(self.policy, model.cfg.n_layers).to_dict()
         return {
             "model": ModelSpec(**(model.spec or {})), "items": source_of(self.items), "n_frames": self.setting.frames or 8,
-            "policy": rules, "layers": _layers(self.layers, model.cfg.n_layers),
+            "policy": rules, "mechanisms": switched_on(self.mechanisms), "layers": _layers(self.layers, model.cfg.n_layers),
         }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from lab.cli.asking import Setting
 from lab.cli.output import Reply, folder_for, table
 from lab.cli.sources import source_of
+from lab.cli.switching import switched_on
 from lab.errors import UsageError
 from lab.result import Result
 
@@ -33,6 +34,7 @@ class Asked:
     split: str | None = None
     panel: bool = False
     executor: str = "fast"
+    mechanisms: Sequence[str] = ()
 
 
 def sweep_items(asked: Asked, setting: Setting) -> Reply:
@@ -42,10 +44,10 @@ def sweep_items(asked: Asked, setting: Setting) -> Reply:
 
     started = time.monotonic()
     _check(asked, setting)
+    source, on = source_of(asked.items, asked.video_root), switched_on(asked.mechanisms)
     folder = folder_for(asked.out)
-    source = source_of(asked.items, asked.video_root)
     model = setting.load()
-    recipe = _recipe(asked, setting, source, model)
+    recipe = _recipe(asked, setting, source, model, on)
     results = resumable(recipe, folder, model=model, executor=asked.executor)
     chosen = results[0].split(asked.split or "all")
     files = keep(recipe, _written(results[0], chosen, asked, folder), folder, started)
@@ -83,7 +85,7 @@ def _check(asked: Asked, setting: Setting) -> None:
         raise UsageError("--panel draws the paper's eleven curves; leave --pathway, --heads, --frame-pairs, --style triangle and a second --metric out")  # fmt: skip
 
 
-def _recipe(asked: Asked, setting: Setting, source: Any, model: Any) -> Any:
+def _recipe(asked: Asked, setting: Setting, source: Any, model: Any, on: tuple[dict[str, Any], ...]) -> Any:
     from lab.edges.windows import window_for
     from lab.recipe import ModelSpec
     from probes.knockout import PATHWAYS, KnockoutRecipe
@@ -95,7 +97,7 @@ def _recipe(asked: Asked, setting: Setting, source: Any, model: Any) -> Any:
         "pathways": tuple(asked.pathways or usual), "window": asked.window or window_for(model.cfg.n_layers),
         "style": asked.style, "metrics": tuple(asked.metrics), "target": asked.target,
         "metric": "target" if asked.target is not None and not asked.metrics else "argmax",
-        "heads": _heads(asked.heads), "frame_pairs": _pairs(asked.frame_pairs),
+        "heads": _heads(asked.heads), "frame_pairs": _pairs(asked.frame_pairs), "mechanisms": on,
     }  # fmt: skip
     return _validated(KnockoutRecipe, fields)
 
