@@ -76,7 +76,8 @@ def searched(model: Any, items: Sequence[VideoQA], args: argparse.Namespace, out
     """One search as the arguments say, journalled."""
     return search(
         model, list(items), budget={"kl": args.kl, "flips": args.flips, "forwards": AIMS["forwards_per_item"]},
-        roles="portable" if args.portable else "all", finer=tuple(args.finer), method=args.method, out=out,
+        roles="portable" if args.portable else "all", finer=tuple(args.finer), method=args.method, worth=args.worth,
+        out=out,
     )  # fmt: skip
 
 
@@ -169,9 +170,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--by-task", type=int, default=0, help="calibration items of a search for each task; 0: none"
     )
-    parser.add_argument("--kl", type=float, default=0.02)
+    parser.add_argument("--kl", type=float, default=0.03)
     parser.add_argument("--flips", type=float, default=0.03)
     parser.add_argument("--finer", nargs="*", default=["head", "distance"])
+    parser.add_argument("--worth", type=float, default=0.0009, help="units of a smaller share are not parted")
     parser.add_argument("--method", default="knapsack", choices=("knapsack", "acdc", "greedy"))
     parser.add_argument("--portable", action="store_true")
     parser.add_argument("--out", default="out/prune")

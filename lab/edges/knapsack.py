@@ -24,7 +24,7 @@ AFFORDED = 0.3  # share of the forwards left that measuring single units may tak
 LEAST = 1e-6  # nats of KL below which units are alike: rounding
 SCORING = 4.0  # forwards a sample that scores take: one forward, one backward with sums on the way
 COARSE = 8  # a run longer than this part of what there is to cut is halved when it fails; a shorter one loses its culprit
-CULPRITS, LAST = 16, 64  # a round ends after so many; and the last round
+CULPRITS, LAST = 24, 240  # a round ends after so many; and the last round
 LOOKED_AT = 4  # samples that blame is found on
 
 
@@ -32,8 +32,17 @@ def fill(search: Any, *, show: bool) -> None:
     """Carry the rounds out on a `lab.edges.searching.Searcher`, until its forwards are spent."""
     for done in progress(range(ROUNDS), desc="search", show=show, cancel=search.cancel):
         last = done == ROUNDS - 1
-        order = _ordered(search, _leaves(search))
+        order = _ordered(search, _leaves(search, small=last))
         _fill(search, order, share=1 / (ROUNDS - done), spare=LAST if last else CULPRITS)
+
+
+def _leaves(search: Any, *, small: bool) -> list[Unit]:
+    """What is not cut yet, parted at every grain asked for where that is worth it; small: those too that save little."""
+    least = search.asked.worth * search.total
+    units = [u for u in search.units if search.open(u) and (small or search.weight(u) >= least)]
+    for grain in search.asked.finer:
+        units = [p for u in units for p in (search.split(u, grain) if search.weight(u) >= least else [u])]
+    return [u for u in units if search.open(u)]
 
 
 def _ordered(search: Any, leaves: list[Unit]) -> list[Unit]:
@@ -45,14 +54,6 @@ def _ordered(search: Any, leaves: list[Unit]) -> list[Unit]:
     if (search.cut or search.guess is None) and search.left() > 2 * SCORING * len(search.trials):
         search.relinearise()
     return search.ordered(leaves)
-
-
-def _leaves(search: Any) -> list[Unit]:
-    """What is not cut yet, parted at every grain asked for."""
-    units = [u for u in search.units if search.open(u)]
-    for grain in search.asked.finer:
-        units = [part for u in units for part in search.split(u, grain)]
-    return [u for u in units if search.open(u)]
 
 
 def _fill(search: Any, order: Sequence[Unit], *, share: float, spare: int) -> None:
@@ -69,7 +70,7 @@ def _fill(search: Any, order: Sequence[Unit], *, share: float, spare: int) -> No
             kept = culprit(search, run)
             search.reject(kept, search.steps[-1].effect.mean_kl)
             left.remove(kept)
-            spare -= 1
+            size, spare = max(1, 3 * len(run) // 4), spare - 1
 
 
 def culprit(search: Any, run: Sequence[Unit]) -> Unit:
