@@ -35,6 +35,8 @@ def test_tiny_mod_answers_with_a_fifth_of_the_tokens():
     on = trained_with(model)
     items = [i for task in ("moving_direction", "scene_transition") for i in draw_items(task, 4, 31)]
     assert all(model.answer(i, mechanisms=on).correct for i in items)
+    counts = [model.answer(i, mechanisms=on).correct for i in draw_items("object_count", 24, 31)]
+    assert sum(map(bool, counts)) >= 22  # 98 in 100; switched on without training, half
     kept = model.run(model.prepare(items[0]), mechanisms=on).heads["mod.keep"]
     assert kept.shape[0] == 4 and int((~kept[0, 0]).sum()) == 8 * 13
 

@@ -6,7 +6,7 @@
 
 1 three searches on three draws of calibration items, and how far their policies agree   2 the first policy beside every
 baseline on `--table` held-out items   3 the first policy, the paper's scaled one and the two earliest exits that may do on
-all `--holdout` items: the claim   4 the policy at 12 and 16 frames   5 with `--by-task`, what each task alone needs   6 `report.json` with every number, and whether it meets what is aimed at;
+all `--holdout` items: the claim; and policies that the search passed on its way, which cut less   4 the policy at 12 and 16 frames   5 with `--by-task`, what each task alone needs   6 `report.json` with every number, and whether it meets what is aimed at;
 pictures. Journals lie in the folder: the same command goes on where it stopped. Calibration and held-out items are
 drawn with different seeds, and items that happen to be equal are left out.
 """
@@ -40,6 +40,7 @@ SEED, TEST_SEED = 1000, 9
 AIMS = {"kept_video": 0.25, "drop_bound": 0.01, "flips": 0.03, "forwards_per_item": 80.0}
 EXTRA_FRAMES = (12, 16)
 RUNGS = 10
+SHARES = (0.25, 0.5, 0.75)
 FAR = 0.05  # an exit that loses more in the table is not tried on all held-out items
 
 
@@ -108,6 +109,18 @@ def claim(model: Any, policy: Policy, items: Sequence[VideoQA], table: Result, o
     rivals = {"7b/strict": presets.paper("7b", "strict", n)}
     exits = {f"video-exit/{i}": presets.video_exit(i, n) for i in near_exits(table, n)}
     return evaluate(model, policy, list(items), {**rivals, **exits}, out=out / "claim")
+
+
+def earlier(found: Found) -> dict[str, Policy]:
+    """Policies the search passed on its way, when it had used a quarter, half and three quarters of its KL in the end."""
+    policy, trail = found
+    taken = trail.select(measure="accepted").values > 0
+    kl = trail.select(measure="kl").values[taken].tolist()
+    rungs, out = ladder(policy, trail), dict[str, Policy]()
+    for share in SHARES:
+        within = [i for i, k in enumerate(kl[:-1]) if k <= share * kl[-1]]
+        out |= {f"search/kl {share:g}": rungs[within[-1]]} if within else {}
+    return out
 
 
 def near_exits(table: Result, n_layers: int) -> list[int]:
@@ -190,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     every = max(1, len(ladder(policy, trail)) // RUNGS)
     table = evaluate(model, policy, tested[:: max(1, len(tested) // args.table)], curve=ladder(policy, trail)[::every], out=out / "table")  # fmt: skip
     told = claim(model, policy, tested, table, out)
+    on_the_way = evaluate(model, policy, tested, earlier(found["seed 0"]), out=out / "earlier")
     ready = model.prepare(tested[0])
     c = model.cfg
     pictures = {
@@ -214,7 +228,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for f in EXTRA_FRAMES
         if args.more_frames
     }
-    for name, r in {**pictures, "table": table, "claim": told, "trail": trail, **longer}.items():
+    for name, r in {
+        **pictures,
+        "table": table,
+        "claim": told,
+        "earlier": on_the_way,
+        "trail": trail,
+        **longer,
+    }.items():
         r.save(out / f"{name.replace(' ', '-')}.npz")
     for name, r in pictures.items():
         save(r, out / f"{name}.png", **DRAWN[name])
@@ -223,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "setting": setting(model.device), "args": vars(args), "verdict": verdict(told, trail),
         "searches": {n: _search(f) for n, f in found.items()}, "overlap": pictures["overlap"].values.tolist() if "overlap" in pictures else None,
         "areas": {k: {"cpr": v["cpr"], "cmd": v["cmd"]} for k, v in table.notes["curves"].items()},
-        "frames": {n: _accuracies(r) for n, r in longer.items()}, "tasks": _by_task(told), "by_task": by_task(model, args, out), "table": _by_policy(table),
+        "frames": {n: _accuracies(r) for n, r in longer.items()}, "tasks": _by_task(told), "earlier": _by_policy(on_the_way), "by_task": by_task(model, args, out), "table": _by_policy(table),
     })  # fmt: skip
 
 
