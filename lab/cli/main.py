@@ -254,7 +254,7 @@ def prune(
     portable: Annotated[bool, typer.Option("--portable", help="Only name what any prompt has, for use in other harnesses.")] = False,
     contiguous: Annotated[bool, typer.Option("--contiguous", help="Keep every pair in one range of layers only.")] = False,
     warm: Annotated[bool, typer.Option("--warm", help="Order the search by first-order scores.")] = False,
-    method: Annotated[str, typer.Option("--method", metavar="NAME", help="acdc (from the last layer to the first), greedy, or knapsack (single heads of all layers, by scores).")] = "acdc",
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help="acdc (from the last layer to the first), greedy, or knapsack (single heads of all layers, by what each does).")] = "acdc",
     baseline: Annotated[list[str] | None, typer.Option("--baseline", "-b", metavar="SORT", help="With --holdout: all (default), none, or some of paper, random, shuffled, exit, local, mass, controls; repeat.")] = None,
     finer: Annotated[str, typer.Option("--finer", metavar="A,B", help="How units are parted: some of distance, option, head.")] = "distance,option,head",
     as_json: Json = False,

@@ -4,7 +4,7 @@
 3 from the last layer to the first: cut the layer's units together; where that is too much, halve until the culprits
 stand alone, and part those by option, distance or head (reverse ACDC: all below the layer is uncut, so a trial starts
 from the stored clean run at that layer)   4 polish: kept units once more, with what is left of the budget.
-(`lab.edges.knapsack` goes another way: the finest units of all layers, in the order of scores.)
+(`lab.edges.knapsack` goes another way: the finest units of all layers, by what each does alone.)
 
 A set is accepted if the one-sided bounds of mean KL and of the share of flipped answers stay inside the budget, and if
 it takes no more of it than its share of the edges still undecided: small units cannot spend what large ones need.
@@ -158,8 +158,8 @@ def search(
     scope    "global": one policy, returned as `Found`. "task", "sample": one for each, a dict by task or item id; of a
              single sample no bound can be given, so those are explanations, not claims
     method   "acdc": from the last layer to the first. "greedy": the cheapest units of all layers first. "knapsack": the
-             finest units of all layers, ordered by scores that are made anew as cuts add up (`lab.edges.knapsack`); finds
-             single heads that the others do not reach within their forwards, and makes its first scores itself
+             finest units of all layers, in the order of exact single effects, or of scores made anew as cuts add up where
+             forwards are few (`lab.edges.knapsack`); finds single heads that the others do not reach
     roles    "portable": only segments any prompt has (video, separator, text, last), for prompts rendered elsewhere
     finer    how units that cannot be cut whole are parted, in this order: "distance" of frames, "option", "head"
     worth    units with a smaller share of all edges are kept or cut whole: parting them saves next to nothing
