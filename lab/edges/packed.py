@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lab.edges.cutrows import LayerCut, heads_of, rows_of
 from lab.errors import RunError
@@ -21,6 +22,8 @@ from lab.model.run import Call
 NEG = float("-inf")
 MASK_CELLS = 1 << 20  # query rows are taken in blocks of at most so many mask cells (head x query x key)
 SCORE_CELLS = 1 << 26  # written-out scores, batch x head x query x key
+JOINED = 512  # keys up to which a CPU is quicker when stored and new ones are put into one sequence
+JOINED_ROWS = 32  # query rows taken together there: each block skips the keys after its last row
 _CPU_KERNEL: Callable[..., Any] | None = getattr(
     torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
 )
@@ -72,6 +75,11 @@ class Group:
     def stop(self) -> int:
         return self.first + self.worlds * len(self.rows)
 
+    @property
+    def unbroken(self) -> bool:
+        """Whether a world's rows stand side by side and none of their edges is cut."""
+        return self.cut is None and int(self.rows[-1] - self.rows[0]) == len(self.rows) - 1
+
 
 @dataclass
 class Packed:
@@ -110,7 +118,7 @@ class Packed:
         heads, worlds, n, d = q.shape
         kv = k.shape[0]
         q = q.reshape(kv, heads // kv, worlds, n, d)
-        if group.cut is None and int(group.rows[-1] - group.rows[0]) == n - 1:
+        if group.unbroken:
             return self._unbroken(group, q, k, v, stored_k, stored_v, scale).reshape(heads, worlds, n, d)
         out = torch.empty_like(q)
         # where heads differ, every world has a mask for each of its heads
@@ -125,16 +133,32 @@ class Packed:
         self, group: Group, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor, scale: float
     ) -> Tensor:
         """Rows side by side and not cut: they read one another causally, and all that is stored before them."""
-        kv, g, worlds = q.shape[:3]
+        kv, g, worlds, n = q.shape[:4]
+        first = int(group.rows[0])
+        if q.device.type != "cpu" or first + n <= JOINED:
+            return self.joined(q, k, v, stored_k[:, :first], stored_v[:, :first], scale)
         own, own_lse = causal(q.transpose(1, 2).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale)
         own = own.unflatten(0, (kv, worlds)).transpose(1, 2)
-        first = int(group.rows[0])
         if not first:
             return own
         old_k, old_v = (t[:, None, :first] for t in (stored_k, stored_v))
         old, old_lse = attention(q.flatten(1, 2), old_k, old_v, None, scale)
         own_lse = own_lse.unflatten(0, (kv, worlds)).transpose(1, 2)
         return merge(own, own_lse, old.unflatten(1, (g, worlds)), old_lse.unflatten(1, (g, worlds)))
+
+    @staticmethod
+    def joined(q: Tensor, k: Tensor, v: Tensor, before_k: Tensor, before_v: Tensor, scale: float) -> Tensor:
+        """The same in one kernel call: what is stored before the rows stands, in every world, before its own keys.
+
+        q [kv_head, group, world, rows, d_head]: the last of the rows of k, v [kv_head, world, rows, d_head]
+        """
+        kv, _, worlds = q.shape[:3]
+        keys, values = (
+            torch.cat([old[:, None].expand(-1, worlds, -1, -1), new], 2).flatten(0, 1)[:, None]
+            for old, new in ((before_k, k), (before_v, v))
+        )
+        z = last_rows(q.transpose(1, 2).flatten(0, 1), keys, values, scale)
+        return z.unflatten(0, (kv, worlds)).transpose(1, 2)
 
     def _block(
         self, group: Group, block: slice, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor,
@@ -248,6 +272,25 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     return torch.cat([z for z, _ in done], 2), torch.cat([lse for _, lse in done], 2)
 
 
+def last_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """z where the rows are the last of those whose keys are given, and each reads the keys up to its own.
+
+    q [batch, head, rows, d_head]; k, v [batch, 1, keys, d_head]
+    """
+    heads, n = q.shape[1:3]
+    if n == 1:  # reads everything: heads become rows
+        return sdpa(q.transpose(1, 2), k, v, scale=scale).transpose(1, 2)
+    k, v = (t.expand(-1, heads, -1, -1) for t in (k, v))
+    size = JOINED_ROWS if q.device.type == "cpu" else n
+    done: list[Tensor] = []
+    for at in range(0, n, size):
+        stop = min(at + size, n)
+        seen = k.shape[2] - n + stop
+        keep = torch.ones(stop - at, seen, dtype=torch.bool, device=q.device).tril(seen - stop + at)
+        done.append(sdpa(q[:, :, at:stop], k[:, :, :seen], v[:, :, :seen], attn_mask=keep, scale=scale))
+    return torch.cat(done, 2)
+
+
 def _kernel_for(q: Tensor) -> Callable[..., Any] | None:
     return None if q.device.type != "cpu" or q.dtype == torch.float16 else _CPU_KERNEL
 
@@ -285,8 +328,5 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float)
 
 def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
     """Attention over two disjoint sets of keys from the attention over each (z [.., rows, d], lse [.., rows])."""
-    top = torch.maximum(a_lse, b_lse)
-    top = top.masked_fill(top == NEG, 0.0)
-    wa, wb = (a_lse - top).exp(), (b_lse - top).exp()
-    total = (wa + wb).clamp_min(torch.finfo(wa.dtype).tiny)  # rows without keys have z = 0 in both parts
-    return (a * (wa / total)[..., None] + b * (wb / total)[..., None]).to(a.dtype)
+    share = torch.sigmoid(b_lse - a_lse).nan_to_num_(0.0)[..., None]  # nan: no keys in either, z = 0 in both
+    return torch.lerp(a.to(share.dtype), b.to(share.dtype), share).to(a.dtype)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lab.edges.closure import closure_of
+from lab.edges.cutrows import LayerCut
 from lab.edges.packed import Group, Packed, batches
 from lab.model.decoder import all_reached, one_layer
 from lab.model.run import Call, Run
@@ -27,16 +28,16 @@ from lab.patch.stored import Stored, logits_of, stored_run, why_not_stored
 from lab.runs import Ledger
 from lab.side import Side
 
-CACHED = (
-    1 << 19
-)  # numbers in one MLP activation beyond which a CPU's element-wise work takes several times as long
+# bytes of one MLP activation; beyond about 10 MB glibc maps the memory anew for every tensor (measured: all a tenth slower)
+ACTIVATION = 1 << 23
 
 
 def rows_together(model: Any) -> int:
-    """How many rows to run together: on a CPU as many as stay within its caches, elsewhere enough to fill the device."""
+    """How many rows to run together: on a CPU as many as make activations of `ACTIVATION` bytes, else what fills a device."""
     if model.device.type != "cpu":
         return 4096
-    return min(max(CACHED // max(model.cfg.d_mlp, model.cfg.d_model), 256), 4096)
+    size = max(model.cfg.d_mlp, model.cfg.d_model) * model.cfg.dtype.itemsize
+    return min(max(ACTIVATION // size, 256), 8192)
 
 
 def evaluate(
@@ -142,14 +143,19 @@ def _jobs(cells: Sequence[Cell], live: Tensor) -> list[_Job]:
         dirty = new
     run, full = torch.stack(runs, 1), torch.stack(fulls, 1)  # [cell, layer, pos]
     reached = (dirty & live[-1]).any(1).nonzero().squeeze(1).tolist()
-    return [_job(i, cells[i], run[i], full[i]) for i in reached]
+    ways = (run.to(torch.int8) + full.to(torch.int8)).numpy()  # 0: not run, 1: keys and values, 2: in full
+    known: dict[bytes, tuple[Tensor, Tensor]] = {}
+    return [_job(i, cells[i], ways[i], known) for i in reached]
 
 
-def _job(place: int, cell: Cell, run: Tensor, full: Tensor) -> _Job:
-    rows = tuple(layer.nonzero().squeeze(1) for layer in run)
-    needed = tuple(layer[at] for layer, at in zip(full, rows, strict=True))
-    same = (run.to(torch.int8) + full.to(torch.int8)).numpy()
-    return _Job(place, cell, rows, needed, tuple(layer.tobytes() for layer in same))
+def _job(place: int, cell: Cell, ways: Any, known: dict[bytes, tuple[Tensor, Tensor]]) -> _Job:
+    """`known` holds the rows of layers met before: most cells have them in common with others."""
+    alike = tuple(layer.tobytes() for layer in ways)
+    for layer, way in zip(alike, ways, strict=True):
+        if layer not in known:
+            at = torch.from_numpy(way).nonzero().squeeze(1)
+            known[layer] = (at, torch.from_numpy(way)[at] == 2)
+    return _Job(place, cell, tuple(known[a][0] for a in alike), tuple(known[a][1] for a in alike), alike)
 
 
 @dataclass(frozen=True)
@@ -161,13 +167,23 @@ class _Pack:
     full: Tensor
     groups: list[Group]
     place: Tensor  # [job, pos] -> where the row stands, -1: not run
+    rope: Tensor
+    alike: tuple[bytes, ...]
+    cut: LayerCut | None
+
+    def serves(self, alike: tuple[bytes, ...], cut: LayerCut | None) -> bool:
+        """Whether a layer with these rows and this cut has the same pack."""
+        return self.cut is cut and self.alike == alike
 
 
-def _pack(jobs: Sequence[_Job], layer: int, n_pos: int, cut: Tensor | None) -> _Pack:
+def _pack(jobs: Sequence[_Job], layer: int, base: Stored, before: _Pack | None) -> _Pack:
+    alike, cut = tuple(job.alike[layer] for job in jobs), base.cuts.get(layer)
+    if before is not None and before.serves(alike, cut):
+        return before
     active: dict[bytes, list[int]] = {}
     for i, job in enumerate(jobs):
         if len(job.rows[layer]):
-            active.setdefault(job.alike[layer], []).append(i)
+            active.setdefault(alike[i], []).append(i)
     groups, which, pos, full = [], [], [], []
     for members in active.values():
         rows = jobs[members[0]].rows[layer]
@@ -176,9 +192,14 @@ def _pack(jobs: Sequence[_Job], layer: int, n_pos: int, cut: Tensor | None) -> _
         pos.append(rows.repeat(len(members)))
         full.append(jobs[members[0]].full[layer].repeat(len(members)))
     job, at = torch.cat(which), torch.cat(pos)
-    place = torch.full((len(jobs), n_pos), -1)
+    place = torch.full((len(jobs), base.store.n_pos), -1)
     place[job, at] = torch.arange(len(at))
-    return _Pack(job, at, torch.cat(full), groups, place)
+    return _Pack(job, at, torch.cat(full), groups, place, _rope(base, at), alike, cut)
+
+
+def _rope(base: Stored, at: Tensor) -> Tensor:
+    rope = base.store.door.rope
+    return rope.index_select(-1, at.to(rope.device))
 
 
 def _run(model: Any, base: Stored, jobs: Sequence[_Job], out: Tensor) -> None:
@@ -189,7 +210,7 @@ def _run(model: Any, base: Stored, jobs: Sequence[_Job], out: Tensor) -> None:
     before: _Pack | None = None
     run = Run(attend=attend)
     for layer in range(min(j.start for j in jobs), store.n_layers):
-        pack = _pack(jobs, layer, store.n_pos, base.cuts.get(layer))
+        pack = _pack(jobs, layer, base, before)
         resid = _entering(store.resid[layer], pack, before, resid)
         resid = _written(resid, pack, [j.cell.values_before(layer) for j in jobs])
         resid = _layer(model, base, layer, pack, jobs, resid, run)
@@ -207,12 +228,16 @@ def _run(model: Any, base: Stored, jobs: Sequence[_Job], out: Tensor) -> None:
 
 def _entering(clean: Tensor, pack: _Pack, before: _Pack | None, resid: Tensor | None) -> Tensor:
     """The stream of the pack's rows: their own where they were run before, the stored one where they join."""
-    joined = clean[pack.pos.to(clean.device)]
     if before is None or resid is None:
-        return joined
+        return clean[pack.pos.to(clean.device)]
+    if before is pack:
+        return resid
     held = before.place[pack.job, pack.pos]
-    own = (held >= 0).to(clean.device)[:, None]
-    return torch.where(own, resid[held.clamp_min(0).to(resid.device)], joined)
+    joins = held < 0
+    entering = resid[held.clamp_min(0).to(resid.device)]
+    if bool(joins.any()):
+        entering[joins.to(resid.device)] = clean[pack.pos[joins].to(clean.device)].to(entering)
+    return entering
 
 
 def _written(resid: Tensor, pack: _Pack, values: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
@@ -252,13 +277,11 @@ def _layer(
         packed: Any = run.attend
         packed.groups = pack.groups
         if hooks or bool(pack.full.all()) or not _tails(pack):
-            return _step(model, base, layer, pack.pos, resid, run)
+            return _step(model, layer, pack.pos, pack.rope, resid, run)
         return _last_rows(model, base, layer, pack, resid, run)
 
 
-def _step(model: Any, base: Stored, layer: int, pos: Tensor, resid: Tensor, run: Run) -> Tensor:
-    door = base.store.door
-    rope = door.rope.index_select(-1, pos.to(door.rope.device))
+def _step(model: Any, layer: int, pos: Tensor, rope: Tensor, resid: Tensor, run: Run) -> Tensor:
     side = Side((), pos.to(resid.device), rope, None, (), None, run)
     return one_layer(model, layer, resid[None], side)[0][0]
 
@@ -282,12 +305,13 @@ def _last_rows(model: Any, base: Stored, layer: int, pack: _Pack, resid: Tensor,
         raise _KeysKnown
 
     with contextlib.suppress(_KeysKnown):
-        _step(model, base, layer, pack.pos, resid, Run(attend=take_keys))
+        _step(model, layer, pack.pos, pack.rope, resid, Run(attend=take_keys))
     at = pack.full.nonzero().squeeze(1).to(resid.device)
     if len(at):
         run.attend = _Tail(packed, taken[0], pack)
+        pos = pack.pos[pack.full]
         try:
-            resid = resid.index_copy(0, at, _step(model, base, layer, pack.pos[pack.full], resid[at], run))
+            resid = resid.index_copy(0, at, _step(model, layer, pos, _rope(base, pos), resid[at], run))
         finally:
             run.attend = packed
     run.reached.add(layer)
@@ -324,7 +348,12 @@ class _Tail:
         heads, worlds, m, d = q.shape
         q = q.reshape(k.shape[0], heads // k.shape[0], worlds, m, d)
         keys, values = self.packed.keys[layer], self.packed.values[layer]
-        return self.packed._block(group, block, q, k, v, keys, values, scale).reshape(heads, worlds, m, d)
+        if group.unbroken:
+            before = slice(None, int(group.rows[0]))
+            z = self.packed.joined(q, k, v, keys[:, before], values[:, before], scale)
+        else:
+            z = self.packed._block(group, block, q, k, v, keys, values, scale)
+        return z.reshape(heads, worlds, m, d)
 
 
 # ---- edits inside a layer -------------------------------------------------------------------------------------------
