@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -71,11 +72,11 @@ class Group:
     rows: Tensor
     cut: LayerCut | None
 
-    @property
+    @cached_property
     def stop(self) -> int:
         return self.first + self.worlds * len(self.rows)
 
-    @property
+    @cached_property
     def unbroken(self) -> bool:
         """Whether a world's rows stand side by side and none of their edges is cut."""
         return self.cut is None and int(self.rows[-1] - self.rows[0]) == len(self.rows) - 1
@@ -281,14 +282,22 @@ def last_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if n == 1:  # reads everything: heads become rows
         return sdpa(q.transpose(1, 2), k, v, scale=scale).transpose(1, 2)
     k, v = (t.expand(-1, heads, -1, -1) for t in (k, v))
-    size = JOINED_ROWS if q.device.type == "cpu" else n
+    size = min(n, JOINED_ROWS if q.device.type == "cpu" else n)
+    mask = _ending_triangle(size, k.shape[2], q.dtype, q.device)
     done: list[Tensor] = []
     for at in range(0, n, size):
         stop = min(at + size, n)
         seen = k.shape[2] - n + stop
-        keep = torch.ones(stop - at, seen, dtype=torch.bool, device=q.device).tril(seen - stop + at)
-        done.append(sdpa(q[:, :, at:stop], k[:, :, :seen], v[:, :, :seen], attn_mask=keep, scale=scale))
+        masked = mask[at - stop :, -seen:]
+        done.append(sdpa(q[:, :, at:stop], k[:, :, :seen], v[:, :, :seen], attn_mask=masked, scale=scale))
     return torch.cat(done, 2)
+
+
+@lru_cache(maxsize=16)
+def _ending_triangle(rows: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to scores of the last rows over all keys. Its lower right corner serves fewer of both."""
+    unread = torch.ones(rows, keys, dtype=torch.bool, device=device).triu(keys - rows + 1)
+    return torch.zeros(rows, keys, dtype=dtype, device=device).masked_fill(unread, NEG)
 
 
 def _kernel_for(q: Tensor) -> Callable[..., Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,9 +56,18 @@ def _front(model: Any, ready: Ready) -> Front:
     )  # fmt: skip
 
 
+def _modules(model: Any) -> Iterator[nn.Module]:
+    """The checkpoint's modules without the decoder's layers, which lie behind the door."""
+    waiting: list[nn.Module] = [model.hf]
+    while waiting:
+        module = waiting.pop()
+        if module is not model.lm.layers:
+            yield module
+            waiting += [m for m in module._modules.values() if m is not None]
+
+
 def _weights(model: Any) -> list[nn.Parameter]:
-    layers = {id(p) for p in model.lm.layers.parameters()}
-    return [p for p in model.hf.parameters() if id(p) not in layers]
+    return [p for m in _modules(model) for p in m._parameters.values() if p is not None]
 
 
 def _wants_graph(model: Any, ready: Ready) -> bool:
@@ -69,7 +79,7 @@ def _wants_graph(model: Any, ready: Ready) -> bool:
 def _version(model: Any, ready: Ready) -> int:
     weights = tuple((p.data_ptr(), written(p)) for p in _weights(model))
     given = tuple((k, id(v), written(v) if isinstance(v, Tensor) else 0) for k, v in ready.inputs.items())
-    hooks = tuple(h for m in model.hf.modules() for h in (*m._forward_pre_hooks, *m._forward_hooks))
+    hooks = tuple(h for m in _modules(model) for h in (*m._forward_pre_hooks, *m._forward_hooks))
     return hash((weights, given, hooks))
 
 

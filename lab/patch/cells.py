@@ -72,13 +72,27 @@ def why_not_cell(edits: Sequence[Edit]) -> str:
     return ""
 
 
+class RowsOf:
+    """The rows of edits on one world, found once for all that name the same."""
+
+    def __init__(self, tokens: Any, item: Any) -> None:
+        self.tokens, self.item = tokens, item
+        self._known: dict[tuple[Any, ...], Tensor] = {}
+
+    def __call__(self, edit: Edit) -> Tensor:
+        named = (edit.role, edit.frame, edit.positions)
+        if named not in self._known:
+            self._known[named] = edit.rows(self.tokens, self.item)
+        return self._known[named]
+
+
 def cell_of(
-    model: Any, edits: Sequence[Edit], base: Stored, others: Mapping[str, Stored], tokens: Any
+    model: Any, edits: Sequence[Edit], base: Stored, others: Mapping[str, Stored], rows_of: RowsOf
 ) -> Cell:
     """Resolve a set of edits. Of several edits of one row the last holds, as in the reference."""
-    writes = tuple(w for e in edits for w in _writes(model, e, base, others, tokens))
-    n, layers = base.store.n_pos, base.store.n_layers
-    marks = {part: torch.zeros(layers, n, dtype=torch.bool) for part in PARTS}
+    writes = tuple(w for e in edits for w in _writes(model, e, base, others, rows_of(e)))
+    shape = (len(PARTS), base.store.n_layers, base.store.n_pos)
+    marks = dict(zip(PARTS, torch.zeros(shape, dtype=torch.bool), strict=True))
     for w in (w for w in writes if w.site != DEEP):  # those rows are written on the stream before
         marks[_part(w.site)][w.layer][w.rows] |= _other(w, base, others)
     return Cell(writes, *marks.values())
@@ -101,9 +115,8 @@ def _part(site: str) -> str:
     return "before" if site in BEFORE else "after" if site in AFTER else "inside"
 
 
-def _writes(model: Any, edit: Edit, base: Stored, others: Mapping[str, Stored], tokens: Any) -> list[Write]:
+def _writes(model: Any, edit: Edit, base: Stored, others: Mapping[str, Stored], rows: Tensor) -> list[Write]:
     check_heads(model, edit)
-    rows = edit.rows(tokens, base.store.ready.item)
     out: list[Write] = []
     for layer in layers_with(model, edit.site, edit.layers):
         name = hook_name(edit.site, layer)

@@ -4,7 +4,7 @@ values that passed at the sites that edits take from."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lab.model.cache import KVCache, LayerCache
 from lab.model.decoder import decode
 from lab.model.door import Door
 from lab.model.run import Edges, Run
-from lab.patch.doors import edges_of
+from lab.patch.doors import edges_of, joined
 from lab.side import Side
 
 
@@ -48,29 +48,67 @@ def why_not_stored(worlds: Any, world: str, door: Door, tokens: Any) -> str:
     return why_not(model, ready, door)
 
 
-def stored_run(worlds: Any, world: str, came: tuple[Door, Any], points: Sequence[str]) -> Stored:
-    """Run the world once from where it arrived and keep what edits need. `why_not_stored` must have nothing against it."""
-    model, ready, policy = worlds.model, worlds.ready[world], worlds.policy
-    values: dict[str, Tensor] = {}
+def stored_runs(
+    worlds: Any, points: Mapping[str, Sequence[str]], came: Mapping[str, tuple[Door, Any]], n_rows: int
+) -> dict[str, Stored]:
+    """Run every world of `points` once from where it arrived and keep what passed at its hook points.
+
+    Together where they have no more than `n_rows` rows. `why_not_stored` must have nothing against any of them.
+    """
+    rows = sum(came[w][0].embeds.shape[1] for w in points)
+    parts = [list(points)] if rows <= n_rows else [[w] for w in points]
+    return {w: kept for part in parts for w, kept in _stored(worlds, part, points, came).items()}
+
+
+def _stored(
+    worlds: Any,
+    names: Sequence[str],
+    points: Mapping[str, Sequence[str]],
+    came: Mapping[str, tuple[Door, Any]],
+) -> dict[str, Stored]:
+    """One pass over worlds of one length."""
+    model, ready = worlds.model, [worlds.ready[w] for w in names]
+    values: dict[str, dict[str, Tensor]] = {w: {} for w in names}
 
     def keep(value: Tensor, hook: Any) -> None:
-        values[hook.name] = value[0].clone()
+        for i, world in enumerate(names):
+            if hook.name in points[world]:
+                values[world][hook.name] = value[i].clone()
 
-    with model.hooks([(p, keep) for p in points]), model.lock.shared():
-        door, tokens = came
+    watched = dict.fromkeys(p for w in names for p in points[w])
+    with model.hooks([(p, keep) for p in watched]), model.lock.shared():
+        door = joined([came[w][0] for w in names])
         door = Door(model.embed.hook_out(door.embeds), door.rope, door.pad, door.deep)
-        edges = edges_of(model, policy, [ready], [tokens])
+        edges = edges_of(model, worlds.policy, ready, [came[w][1] for w in names])
         stream, cache = _recorded(model, door, edges)
+    now = version(model)
+    return {
+        w: Stored(
+            _store(model, ready[i], replace(came[w][0], embeds=door.embeds[i, None]), came[w][1], i, stream, cache, now),
+            _cuts(worlds, w, came[w][1]),
+            values[w],
+        )
+        for i, w in enumerate(names)
+    }  # fmt: skip
+
+
+def _store(
+    model: Any, ready: Any, door: Door, tokens: Any, at: int, stream: list[Tensor], cache: KVCache, now: int
+) -> Store:
+    """The store of one world of a pass."""
     n, layers = door.embeds.shape[1], len(model.parts)
     order = torch.arange(n, device=door.embeds.device)
     side = Side((tokens,), order, door.rope, door.pad, door.deep, None, None)
-    keys, vals = (Shelf.holding(kept[i][0] for i in range(layers)) for kept in (cache.k, cache.v))
-    streams = Shelf.holding(stream)
-    store = Store(ready, door, side, layers, streams, keys, vals, version(model), "", Work(n * layers))
-    cuts = (
-        {} if policy is None else policy.masks(tokens, model.sizes.n_layers, model.sizes.n_heads, ready.item)
-    )
-    return Stored(store, cuts, values)
+    keys, values = (Shelf.holding(kept[i][at] for i in range(layers)) for kept in (cache.k, cache.v))
+    resid = Shelf.holding(x[at] for x in stream)
+    return Store(ready, door, side, layers, resid, keys, values, now, "", Work(n * layers))
+
+
+def _cuts(worlds: Any, world: str, tokens: Any) -> Mapping[int, Tensor]:
+    sizes = worlds.model.sizes
+    if worlds.policy is None:
+        return {}
+    return worlds.policy.masks(tokens, sizes.n_layers, sizes.n_heads, worlds.ready[world].item)
 
 
 def _recorded(model: Any, door: Door, edges: dict[int, Edges]) -> tuple[list[Tensor], KVCache]:
@@ -78,14 +116,15 @@ def _recorded(model: Any, door: Door, edges: dict[int, Edges]) -> tuple[list[Ten
     cache = KVCache()
 
     def record(layer: int, step: Any, resid: Tensor, side: Side) -> tuple[Tensor, Side]:
-        stream.append(resid[0])
+        stream.append(resid)
         return step(resid, side)
 
     kept = LayerCache(cache, anatomy.text_config(model.lm))
     resid, _ = decode(model, door, Run(edges), cache=kept, detours=(record,))
-    return [*stream, resid[0]], cache
+    return [*stream, resid], cache
 
 
 def logits_of(model: Any, kept: Stored) -> Tensor:
     """The world's own logits at the last position, [d_vocab]."""
-    return kept.store.clean(model)[-1]
+    with model.lock.shared():
+        return model.read(kept.store.resid[-1][None], kept.store.side, "last")[0, -1]

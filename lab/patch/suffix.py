@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,10 +22,10 @@ from lab.edges.cutrows import LayerCut
 from lab.edges.packed import Group, Packed, batches
 from lab.model.decoder import all_reached, one_layer
 from lab.model.run import Call, Run
-from lab.patch.cells import PARTS, Cell, cell_of, why_not_cell
+from lab.patch.cells import PARTS, Cell, RowsOf, cell_of, why_not_cell
 from lab.patch.points import Held
 from lab.patch.sites import hook_name, layers_with
-from lab.patch.stored import Stored, logits_of, stored_run, why_not_stored
+from lab.patch.stored import Stored, logits_of, stored_runs, why_not_stored
 from lab.runs import Ledger
 from lab.side import Side
 
@@ -93,11 +94,11 @@ def _fast(
         if e.source is None
         for i in layers_with(model, e.site, e.layers)
     }
-    base = stored_run(worlds, into, came[into], sorted(own))
-    others = {w: stored_run(worlds, w, came[w], names) for w, names in taken.items()}
-    tokens = base.store.side.tokens[0]
-    worlds.check({into: tokens, **{w: o.store.side.tokens[0] for w, o in others.items()}})
-    made = [cell_of(model, cell, base, others, tokens) for cell in cells]
+    worlds.check({w: came[w][1] for w in (into, *taken)})
+    others = stored_runs(worlds, {into: sorted(own), **taken}, came, n_rows)
+    base, tokens = others.pop(into), came[into][1]
+    rows_of = RowsOf(tokens, base.store.ready.item)
+    made = [cell_of(model, cell, base, others, rows_of) for cell in cells]
     live = closure_of(base.cuts, base.store.n_pos, base.store.n_layers, [base.store.n_pos - 1]).live
     out = logits_of(model, base)[None].repeat(len(cells), 1)
     jobs = _jobs(made, torch.stack(live))
@@ -117,14 +118,8 @@ class _Job:
     rows: tuple[Tensor, ...]
     full: tuple[Tensor, ...]  # bool over rows
     alike: tuple[bytes, ...]  # per layer; equal for jobs that run the same rows the same way
-
-    @property
-    def start(self) -> int:
-        return next(i for i, rows in enumerate(self.rows) if len(rows))
-
-    @property
-    def most(self) -> int:
-        return max(len(rows) for rows in self.rows)
+    start: int
+    most: int
 
 
 def _jobs(cells: Sequence[Cell], live: Tensor) -> list[_Job]:
@@ -144,18 +139,21 @@ def _jobs(cells: Sequence[Cell], live: Tensor) -> list[_Job]:
     run, full = torch.stack(runs, 1), torch.stack(fulls, 1)  # [cell, layer, pos]
     reached = (dirty & live[-1]).any(1).nonzero().squeeze(1).tolist()
     ways = (run.to(torch.int8) + full.to(torch.int8)).numpy()  # 0: not run, 1: keys and values, 2: in full
+    counts = run.sum(2)
+    starts, most = (counts > 0).int().argmax(1).tolist(), counts.amax(1).tolist()
     known: dict[bytes, tuple[Tensor, Tensor]] = {}
-    return [_job(i, cells[i], ways[i], known) for i in reached]
+    return [_job(i, cells[i], ways[i], known, starts[i], most[i]) for i in reached]
 
 
-def _job(place: int, cell: Cell, ways: Any, known: dict[bytes, tuple[Tensor, Tensor]]) -> _Job:
+def _job(place: int, cell: Cell, ways: Any, known: dict[bytes, Any], start: int, most: int) -> _Job:
     """`known` holds the rows of layers met before: most cells have them in common with others."""
     alike = tuple(layer.tobytes() for layer in ways)
     for layer, way in zip(alike, ways, strict=True):
         if layer not in known:
             at = torch.from_numpy(way).nonzero().squeeze(1)
             known[layer] = (at, torch.from_numpy(way)[at] == 2)
-    return _Job(place, cell, tuple(known[a][0] for a in alike), tuple(known[a][1] for a in alike), alike)
+    rows, full = zip(*(known[layer] for layer in alike), strict=True)
+    return _Job(place, cell, rows, full, alike, start, most)
 
 
 @dataclass(frozen=True)
@@ -181,20 +179,21 @@ def _pack(jobs: Sequence[_Job], layer: int, base: Stored, before: _Pack | None) 
     if before is not None and before.serves(alike, cut):
         return before
     active: dict[bytes, list[int]] = {}
-    for i, job in enumerate(jobs):
-        if len(job.rows[layer]):
-            active.setdefault(alike[i], []).append(i)
+    for i, way in enumerate(alike):
+        active.setdefault(way, []).append(i)
     groups, which, pos, full = [], [], [], []
     for members in active.values():
         rows = jobs[members[0]].rows[layer]
+        if not len(rows):
+            continue
         groups.append(Group(groups[-1].stop if groups else 0, len(members), rows, cut))
-        which.append(torch.tensor(members).repeat_interleave(len(rows)))
-        pos.append(rows.repeat(len(members)))
-        full.append(jobs[members[0]].full[layer].repeat(len(members)))
-    job, at = torch.cat(which), torch.cat(pos)
+        which.append(np.repeat(members, len(rows)))
+        pos.append(np.tile(rows.numpy(), len(members)))
+        full.append(np.tile(jobs[members[0]].full[layer].numpy(), len(members)))
+    job, at, needed = (torch.from_numpy(np.concatenate(part)) for part in (which, pos, full))
     place = torch.full((len(jobs), base.store.n_pos), -1)
     place[job, at] = torch.arange(len(at))
-    return _Pack(job, at, torch.cat(full), groups, place, _rope(base, at), alike, cut)
+    return _Pack(job, at, needed, groups, place, _rope(base, at), alike, cut)
 
 
 def _rope(base: Stored, at: Tensor) -> Tensor:
@@ -241,10 +240,7 @@ def _entering(clean: Tensor, pack: _Pack, before: _Pack | None, resid: Tensor | 
 
 
 def _written(resid: Tensor, pack: _Pack, values: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
-    """The rows that edits replace get their values: for every job (rows, values [row, d_model]) pairs."""
-    if not any(values):
-        return resid
-    resid = resid.clone()
+    """The rows that edits replace get their values, in place: for every job (rows, values [row, d_model]) pairs."""
     for job, pairs in enumerate(values):
         for rows, new in pairs:
             at = pack.place[job, rows]
