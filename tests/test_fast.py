@@ -319,3 +319,14 @@ def test_rows_side_by_side_read_causally_with_and_without_the_kernel(monkeypatch
             monkeypatch.setattr(packed, "SCORE_CELLS", cells)
             z, lse = packed.causal(q, k, v, 0.25)
             assert float((z - wanted).abs().max()) <= 1e-5 and float((lse - wanted_lse).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("rows", [1, 7, 31, 32, 70, 90])
+def test_last_rows_read_all_keys_up_to_their_own(rows, dtype, bound):
+    """By softmax written out; 90 keys, so that 90 rows have none stored before them. Blocks with and without a rest."""
+    g = torch.Generator().manual_seed(rows)
+    q, k, v = (torch.randn(2, h, n, 8, generator=g, dtype=dtype) for h, n in ((3, rows), (1, 90), (1, 90)))
+    unread = torch.ones(rows, 90).tril(90 - rows) == 0
+    wanted = (q @ k.transpose(2, 3) * 0.25).masked_fill(unread, -torch.inf).softmax(-1) @ v
+    assert float((packed.last_rows(q, k, v, 0.25) - wanted).abs().max()) <= bound

@@ -13,6 +13,7 @@ import torch
 
 from lab.adapters.nnsight import tracing
 from lab.adapters.transformer_lens import bridge
+from lab.edges import packed
 from lab.edges.policy import Policy
 from lab.errors import UsageError
 from lab.mechanisms.differential_token_drop import DifferentialTokenDrop
@@ -21,6 +22,7 @@ from lab.patch import Worlds, mean, noise, take
 from lab.patch.gradients import attribution_patch
 from lab.patch.metrics import Score
 from lab.patch.paths import head_path, token_path
+from lab.runs import Ledger
 from lab.slots import Plan
 from tests import shelf_models
 from tests.families import FAMILIES, LAYERS, build, inputs
@@ -121,9 +123,12 @@ def random_cells(seed: int, n: int) -> list[list[Any]]:
     return cells
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_stored_runs_equal_whole_forwards(name: str) -> None:
-    """Any site, heads, rows and layers; also under a policy, which the stored runs obey."""
+@pytest.mark.parametrize(
+    ("name", "joined"), [*((name, packed.JOINED) for name in FAMILIES), ("internvl", 0), ("qwen3_vl", 0)]
+)
+def test_stored_runs_equal_whole_forwards(name: str, joined: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any site, heads, rows and layers; also under a policy, which the stored runs obey; with many keys and few."""
+    monkeypatch.setattr(packed, "JOINED", joined)
     policy = Policy.from_dict(
         {
             "format": "edge-policy/1",
@@ -229,6 +234,60 @@ def test_values_that_are_the_same_in_both_worlds_cost_nothing() -> None:
     ]
     fast, slow = (worlds.evaluate([later], into="corrupted", executor=e) for e in ("fast", "reference"))
     assert away(fast, slow) <= TOL
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_taken_with_all_before_them_are_the_other_worlds_from_then_on(name: str) -> None:
+    """They are not run again, and what is read of them is the other world's; the numbers are the reference's."""
+    worlds = Worlds.of(model_of(name), **two(name))
+    n = len(worlds.tokens("clean"))
+    end = int(worlds.tokens("clean").where(role="video").max()) + 1
+    cells = [
+        [take(WAY, layers=2, positions=range(end))],
+        [take(WAY, site="resid_post", layers=1, role="video")],
+        [take(WAY, layers=1, role="video", frame=0), take(WAY, layers=3, role="video")],
+        [take(WAY, layers=[1, 2], role="video", frame=[0, 1]), take(WAY, site="resid_post", layers=3, role="last")],
+        [take(WAY, layers=1, role="video"), take(WAY, site="v", layers=3, role="video", frame=1)],
+        [take(WAY, layers=2)],
+    ]  # fmt: skip
+    fast, slow = (worlds.evaluate(cells, into="corrupted", executor=e) for e in ("fast", "reference"))
+    assert worlds.reason == "" and away(fast, slow) <= TOL < away(slow[0], slow[2])
+    clean = worlds.run()
+    assert away(fast[-1], clean[0, -1]) <= TOL < away(fast[0], clean[1, -1])
+    policy = Policy.from_dict(
+        {"format": "edge-policy/1", "cuts": [{"layers": "3", "q": "last", "k": "video"}]}
+    )
+    cut = Worlds.of(model_of(name), policy=policy, **two(name))
+    fast, slow = (cut.evaluate(cells, into="corrupted", executor=e) for e in ("fast", "reference"))
+    assert cut.reason == "" and away(fast, slow) <= TOL
+    if name == "qwen3_vl":  # DeepStack adds to them on the way
+        return
+    assert away(fast[-1], cut.run()[0, -1]) <= TOL
+    worlds.ledger = Ledger()
+    worlds.evaluate(cells[:1], into="corrupted")
+    assert worlds.ledger.forwards == pytest.approx(2 + (n - end) * (LAYERS - 2) / (n * LAYERS))
+    worlds.evaluate(cells[-1:] * 3, into="corrupted")
+    assert worlds.ledger.forwards == pytest.approx(4 + (n - end) * (LAYERS - 2) / (n * LAYERS))
+
+
+def test_leaving_a_layer_comes_before_entering_the_next() -> None:
+    """In whichever order the edits are given; and taken at either place alone the cost and the numbers are the same."""
+    given = two("internvl")
+    pixels = given["clean"]["pixel_values"]
+    given["third"] = {**given["clean"], "pixel_values": pixels.roll(1, 0)}
+    worlds = Worlds.of(model_of("internvl"), **given)
+    rows = {"role": "video", "frame": 1}
+    leaving = take(WAY, site="resid_post", layers=1, **rows)
+    entering = take("third -> corrupted", layers=2, **rows)
+    cells = [[leaving, entering], [entering, leaving], [entering], [leaving]]
+    for executor in ("fast", "reference"):
+        got = worlds.evaluate(cells, into="corrupted", executor=executor)
+        assert away(got[0], got[1]) <= TOL and away(got[1], got[2]) <= TOL < away(got[2], got[3]), executor
+    spent = []
+    for edit in (leaving, take(WAY, layers=2, **rows)):
+        worlds.ledger = Ledger()
+        spent.append((worlds.evaluate([[edit]], into="corrupted"), worlds.ledger))
+    assert away(spent[0][0], spent[1][0]) == 0.0 and spent[0][1] == spent[1][1]
 
 
 # ---- other values ---------------------------------------------------------------------------------------------------

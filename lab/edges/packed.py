@@ -7,7 +7,7 @@ mask form a group and are served by one kernel call; no object of positions x po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Protocol, TypeVar
@@ -65,12 +65,14 @@ class Group:
     worlds  how many worlds
     rows    source positions of one world's rows, ascending [rows]
     cut     the layer's cut for all of them (see `lab.edges.cutrows`), or None
+    other   another stored run, and how many of the first stored rows are its instead of the clean run's; or None
     """
 
     first: int
     worlds: int
     rows: Tensor
     cut: LayerCut | None
+    other: tuple[str, int] | None = None
 
     @cached_property
     def stop(self) -> int:
@@ -87,10 +89,12 @@ class Packed:
     """The attention of a pack: `Run.attend`. `groups` are those of the layer being run.
 
     keys, values  the clean run's, [kv_head, pos, d_head] per layer
+    others        keys and values of other stored runs, for groups that name one
     """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
+    others: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=dict)
     groups: Sequence[Group] = ()
     parts: dict[Any, _Part] = field(default_factory=dict)
 
@@ -102,8 +106,9 @@ class Packed:
         layer, scaling = call.parts.index, kw.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         z = torch.empty_like(query[0].transpose(0, 1))
-        stored_k, stored_v = self.keys[layer], self.values[layer]  # fetched once, should they lie elsewhere
+        clean = self.keys[layer], self.values[layer]  # fetched once, should they lie elsewhere
         for group in self.groups:
+            stored_k, stored_v = self.stored(group, layer, clean)
             here = slice(group.first, group.stop)
             q, k, v = (
                 t[0, :, here].unflatten(1, (group.worlds, len(group.rows))) for t in (query, key, value)
@@ -111,6 +116,17 @@ class Packed:
             out = self._group(group, q, k, v, stored_k, stored_v, scale)
             z[here] = out.permute(1, 2, 0, 3).flatten(0, 1)
         return z[None]
+
+    def stored(self, group: Group, layer: int, clean: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Stored keys and values that a group reads, [kv_head, pos, d_head]."""
+        if group.other is None:
+            return clean
+        name, rows = group.other
+        k, v = (
+            torch.cat([theirs[layer][:, :rows], own[:, rows:]], 1)
+            for theirs, own in zip(self.others[name], clean, strict=True)
+        )
+        return k, v
 
     def _group(
         self, group: Group, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor, scale: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,15 +32,28 @@ class Write:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """How many of the first rows are, entering each layer and at the end, exactly as in another world's stored run.
+
+    Rows that are taken from it with all rows before them stay so: they need not be run again.
+    """
+
+    world: str
+    rows: tuple[int, ...]  # [layer + 1]
+
+
+@dataclass(frozen=True)
 class Cell:
     """One set of edits.
 
+    settled                 see there; None where no first rows are
     before, keys, inside, after   bool [layer, pos]: rows written on the stream entering a layer; whose keys or values
                             are written; written elsewhere in it; written on the stream leaving it. Rows that get what
                             they have in the stored run are not marked: alone they change nothing
     """
 
     writes: tuple[Write, ...]
+    settled: Settled | None
     before: Tensor
     keys: Tensor
     inside: Tensor
@@ -87,15 +100,72 @@ class RowsOf:
 
 
 def cell_of(
-    model: Any, edits: Sequence[Edit], base: Stored, others: Mapping[str, Stored], rows_of: RowsOf
+    model: Any,
+    edits: Sequence[Edit],
+    base: Stored,
+    others: Mapping[str, Stored],
+    rows_of: RowsOf,
+    agree: Mapping[str, int | None],
 ) -> Cell:
-    """Resolve a set of edits. Of several edits of one row the last holds, as in the reference."""
-    writes = tuple(w for e in edits for w in _writes(model, e, base, others, rows_of(e)))
+    """Resolve a set of edits. Of several edits of one row the last holds, as in the reference.
+
+    agree  world -> how many of the first rows it has in common with the base (see `agreeing`)
+    """
+    made = [w for e in edits for w in _writes(model, e, base, others, rows_of(e))]
+    deep = max(len(s.store.door.deep) for s in (base, *others.values()))
+    leaving = [w.site in AFTER and deep <= w.layer < base.store.n_layers - 1 for w in made]
+    writes = (
+        *(_moved(w) for w, moves in zip(made, leaving, strict=True) if moves),
+        *(w for w, moves in zip(made, leaving, strict=True) if not moves),
+    )
     shape = (len(PARTS), base.store.n_layers, base.store.n_pos)
-    marks = dict(zip(PARTS, torch.zeros(shape, dtype=torch.bool), strict=True))
+    marks: dict[str, Tensor] = dict(zip(PARTS, torch.zeros(shape, dtype=torch.bool), strict=True))
     for w in (w for w in writes if w.site != DEEP):  # those rows are written on the stream before
         marks[_part(w.site)][w.layer][w.rows] |= _other(w, base, others)
-    return Cell(writes, *marks.values())
+    return Cell(writes, _settled(edits, writes, base.store, agree), *marks.values())
+
+
+def _moved(write: Write) -> Write:
+    """What is written on leaving a layer, as written first on entering the next: the layer need not be run for it."""
+    return replace(write, site="resid_pre", layer=write.layer + 1)
+
+
+def agreeing(base: Stored, other: Stored) -> int | None:
+    """How many of the first rows two runs have in common, at every layer.
+
+    None where more than those rows could set them apart: cuts (which may ask for an item's answer), DeepStack, rope.
+    """
+    a, b = base.store.door, other.store.door
+    if base.cuts or other.cuts or a.deep or b.deep or not torch.equal(a.rope, b.rope):
+        return None
+    apart = (a.embeds[0] != b.embeds[0].to(a.embeds.device)).any(-1).nonzero()
+    return int(apart[0]) if len(apart) else base.store.n_pos
+
+
+def _settled(
+    edits: Sequence[Edit], writes: Sequence[Write], store: Any, agree: Mapping[str, int | None]
+) -> Settled | None:
+    sources = {e.source for e in edits}
+    source = next(iter(sources), None)
+    first = None if source is None else agree[source]
+    if len(sources) != 1 or first is None or any(w.site not in (*BEFORE, *AFTER) for w in writes):
+        return None
+    taken: dict[int, list[Tensor]] = {}
+    for w in writes:
+        taken.setdefault(w.layer + (w.site in AFTER), []).append(w.rows)
+    return _spread(str(source), taken, first, store)
+
+
+def _spread(world: str, taken: Mapping[int, Sequence[Tensor]], agree: int, store: Any) -> Settled | None:
+    """taken: by layer, the rows that are taken on entering it (at the end: on leaving the last)."""
+    settled = [0]
+    for at in range(store.n_layers + 1):
+        settled.append(settled[-1])
+        if at in taken:
+            theirs = torch.arange(store.n_pos) < max(settled[-1], agree)
+            theirs[torch.cat(list(taken[at]))] = True
+            settled[-1] = store.n_pos if bool(theirs.all()) else int(theirs.int().argmin())
+    return Settled(world, tuple(settled[1:])) if settled[-1] else None
 
 
 def _other(write: Write, base: Stored, others: Mapping[str, Stored]) -> Tensor:

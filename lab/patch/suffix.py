@@ -9,7 +9,7 @@ Equal to the reference up to rounding.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from lab.edges.cutrows import LayerCut
 from lab.edges.packed import Group, Packed, batches
 from lab.model.decoder import all_reached, one_layer
 from lab.model.run import Call, Run
-from lab.patch.cells import PARTS, Cell, RowsOf, cell_of, why_not_cell
+from lab.patch.cells import PARTS, Cell, RowsOf, agreeing, cell_of, why_not_cell
 from lab.patch.points import Held
 from lab.patch.sites import hook_name, layers_with
 from lab.patch.stored import Stored, logits_of, stored_runs, why_not_stored
@@ -38,7 +38,7 @@ def rows_together(model: Any) -> int:
     if model.device.type != "cpu":
         return 4096
     size = max(model.cfg.d_mlp, model.cfg.d_model) * model.cfg.dtype.itemsize
-    return min(max(ACTIVATION // size, 256), 8192)
+    return min(max(ACTIVATION // size, 256), 4096)
 
 
 def evaluate(
@@ -98,12 +98,16 @@ def _fast(
     others = stored_runs(worlds, {into: sorted(own), **taken}, came, n_rows)
     base, tokens = others.pop(into), came[into][1]
     rows_of = RowsOf(tokens, base.store.ready.item)
-    made = [cell_of(model, cell, base, others, rows_of) for cell in cells]
+    agree = {w: agreeing(base, other) for w, other in others.items()}
+    made = [cell_of(model, cell, base, others, rows_of, agree) for cell in cells]
     live = closure_of(base.cuts, base.store.n_pos, base.store.n_layers, [base.store.n_pos - 1]).live
     out = logits_of(model, base)[None].repeat(len(cells), 1)
+    for i, settled in ((i, c.settled) for i, c in enumerate(made)):
+        if settled is not None and settled.rows[-1] == base.store.n_pos:
+            out[i] = logits_of(model, others[settled.world])
     jobs = _jobs(made, torch.stack(live))
     for batch in batches(jobs, n_rows):
-        _run(model, base, batch, out)
+        _run(model, base, others, batch, out)
     rows = base.store.work.row_layers + sum(o.store.work.row_layers for o in others.values())
     whole = base.store.n_pos * base.store.n_layers
     return out, Ledger(rows / whole, len(cells) + len(others))
@@ -117,13 +121,14 @@ class _Job:
     cell: Cell
     rows: tuple[Tensor, ...]
     full: tuple[Tensor, ...]  # bool over rows
-    alike: tuple[bytes, ...]  # per layer; equal for jobs that run the same rows the same way
+    alike: tuple[Any, ...]  # per layer; equal for jobs that run the same rows the same way
     start: int
     most: int
 
 
 def _jobs(cells: Sequence[Cell], live: Tensor) -> list[_Job]:
-    """The rows of every cell, layer by layer; cells are left out of which nothing that is read can change."""
+    """The rows of every cell, layer by layer; cells are left out of which nothing that is read need be run."""
+    settled = torch.stack([_settled(c, live.shape) for c in cells])  # [cell, layer + 1, pos]
     before, keys, inside, after = (torch.stack([getattr(c, p) for c in cells]) for p in PARTS)
     dirty = torch.zeros(len(cells), live.shape[1], dtype=torch.bool)
     runs: list[Tensor] = []
@@ -133,16 +138,22 @@ def _jobs(cells: Sequence[Cell], live: Tensor) -> list[_Job]:
         read = dirty | keys[:, layer]
         # later rows may read one that differs
         new = (read.cumsum(1) > 0) | inside[:, layer] | after[:, layer]
-        fulls.append(new & live[layer + 1])
-        runs.append(fulls[-1] | (read & live[layer]))
+        fulls.append(new & live[layer + 1] & ~settled[:, layer])
+        runs.append(fulls[-1] | (read & live[layer] & ~settled[:, layer]))
         dirty = new
     run, full = torch.stack(runs, 1), torch.stack(fulls, 1)  # [cell, layer, pos]
-    reached = (dirty & live[-1]).any(1).nonzero().squeeze(1).tolist()
+    reached = (dirty & live[-1] & ~settled[:, -1]).any(1).nonzero().squeeze(1).tolist()
     ways = (run.to(torch.int8) + full.to(torch.int8)).numpy()  # 0: not run, 1: keys and values, 2: in full
     counts = run.sum(2)
     starts, most = (counts > 0).int().argmax(1).tolist(), counts.amax(1).tolist()
     known: dict[bytes, tuple[Tensor, Tensor]] = {}
     return [_job(i, cells[i], ways[i], known, starts[i], most[i]) for i in reached]
+
+
+def _settled(cell: Cell, shape: Sequence[int]) -> Tensor:
+    """[layer + 1, pos] True where a row is known to be another world's."""
+    rows = torch.zeros(shape[0]) if cell.settled is None else torch.tensor(cell.settled.rows)
+    return torch.arange(shape[1])[None] < rows[:, None]
 
 
 def _job(place: int, cell: Cell, ways: Any, known: dict[bytes, Any], start: int, most: int) -> _Job:
@@ -153,7 +164,17 @@ def _job(place: int, cell: Cell, ways: Any, known: dict[bytes, Any], start: int,
             at = torch.from_numpy(way).nonzero().squeeze(1)
             known[layer] = (at, torch.from_numpy(way)[at] == 2)
     rows, full = zip(*(known[layer] for layer in alike), strict=True)
-    return _Job(place, cell, rows, full, alike, start, most)
+    return _Job(
+        place, cell, rows, full, tuple(zip(alike, _others(cell, len(ways)), strict=True)), start, most
+    )
+
+
+def _others(cell: Cell, n: int) -> list[tuple[str, int] | None]:
+    """Per layer the world whose stored keys stand in for the first rows', and for how many."""
+    settled = cell.settled
+    if settled is None:
+        return [None] * n
+    return [(settled.world, rows) if rows else None for rows in settled.rows[:n]]
 
 
 @dataclass(frozen=True)
@@ -166,10 +187,10 @@ class _Pack:
     groups: list[Group]
     place: Tensor  # [job, pos] -> where the row stands, -1: not run
     rope: Tensor
-    alike: tuple[bytes, ...]
+    alike: tuple[Any, ...]
     cut: LayerCut | None
 
-    def serves(self, alike: tuple[bytes, ...], cut: LayerCut | None) -> bool:
+    def serves(self, alike: tuple[Any, ...], cut: LayerCut | None) -> bool:
         """Whether a layer with these rows and this cut has the same pack."""
         return self.cut is cut and self.alike == alike
 
@@ -178,15 +199,15 @@ def _pack(jobs: Sequence[_Job], layer: int, base: Stored, before: _Pack | None) 
     alike, cut = tuple(job.alike[layer] for job in jobs), base.cuts.get(layer)
     if before is not None and before.serves(alike, cut):
         return before
-    active: dict[bytes, list[int]] = {}
+    active: dict[Any, list[int]] = {}
     for i, way in enumerate(alike):
         active.setdefault(way, []).append(i)
     groups, which, pos, full = [], [], [], []
-    for members in active.values():
+    for (_, other), members in active.items():
         rows = jobs[members[0]].rows[layer]
         if not len(rows):
             continue
-        groups.append(Group(groups[-1].stop if groups else 0, len(members), rows, cut))
+        groups.append(Group(groups[-1].stop if groups else 0, len(members), rows, cut, other))
         which.append(np.repeat(members, len(rows)))
         pos.append(np.tile(rows.numpy(), len(members)))
         full.append(np.tile(jobs[members[0]].full[layer].numpy(), len(members)))
@@ -201,10 +222,10 @@ def _rope(base: Stored, at: Tensor) -> Tensor:
     return rope.index_select(-1, at.to(rope.device))
 
 
-def _run(model: Any, base: Stored, jobs: Sequence[_Job], out: Tensor) -> None:
+def _run(model: Any, base: Stored, others: Mapping[str, Stored], jobs: Sequence[_Job], out: Tensor) -> None:
     """Run a batch and write its logits."""
     store = base.store
-    attend = Packed(store.keys, store.values)
+    attend = Packed(store.keys, store.values, {w: (o.store.keys, o.store.values) for w, o in others.items()})
     resid: Tensor | None = None
     before: _Pack | None = None
     run = Run(attend=attend)
@@ -343,7 +364,8 @@ class _Tail:
     ) -> Tensor:
         heads, worlds, m, d = q.shape
         q = q.reshape(k.shape[0], heads // k.shape[0], worlds, m, d)
-        keys, values = self.packed.keys[layer], self.packed.values[layer]
+        clean = self.packed.keys[layer], self.packed.values[layer]
+        keys, values = self.packed.stored(group, layer, clean)
         if group.unbroken:
             before = slice(None, int(group.rows[0]))
             z = self.packed.joined(q, k, v, keys[:, before], values[:, before], scale)
