@@ -10,8 +10,8 @@ entrance (resid_pre). The fast time contains the stored runs of both worlds and 
     hf_last      the same with logits_to_keep=1, which spares it the head over all positions
     reference    the lab's own plain way, its vision side run once for all cells: `ratio_tower_kept`
 
-Only some cells, spread over the grid, are timed, half before and half after the fast run, and their mean is scaled to
-all. Both ways must give the same logits (`max_difference`, `max_difference_hf`).
+Only some cells, spread over the grid, are timed, some before every fast run; the median is scaled to all, and the median of
+the fast runs is taken. Both ways must give the same logits (`max_difference`, `max_difference_hf`).
 
 "tiny" is the bundled model on a simulated question and its twin. The others are random LLaVA-OneVisions:
 * the published checkpoints' depth and proportions at width 256, 25 tokens a frame and 8 of text. FLOPs by formula from the
@@ -26,7 +26,7 @@ Rows set a bound on the ratio over the decoder alone. Patching frame f of F at t
 every row from f on in every later layer; nothing stored holds those states. Of whole decoder forwards that is about
 (F + 1) / 2F times (n - 2) / 2n (of the last layer one row matters) and the text. An exact way that computes rows as fast as
 the naive one stays below 4 to 4.5 times there, whatever it stores; what is above comes from tower and head. `rows` is the
-share that was run. Time is CPU time of the process on one thread.
+share that was run. Time is CPU time of the process on one thread, wall time on several.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ import argparse
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -101,9 +102,10 @@ def _bare(model: Any, shape: models.Shape, frames: int) -> Any:
 
 
 def seconds(work: Any) -> tuple[float, Any]:
-    start = time.process_time()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     found = work()
-    return time.process_time() - start, found
+    return clock() - start, found
 
 
 # ---- the naive ways -------------------------------------------------------------------------------------------------
@@ -170,12 +172,12 @@ def _state(out: Any) -> Tensor:
 
 @dataclass
 class Naive:
-    """The timed cells of every naive way: seconds, and logits."""
+    """The timed cells of every naive way: seconds of each, and logits."""
 
     worlds: Worlds
     grid: PlainGrid
-    spent: dict[str, float]
-    logits: dict[str, list[Tensor]]
+    spent: dict[str, list[float]] = field(default_factory=dict)
+    logits: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, cells: Sequence[Any]) -> None:
         """Run some cells in every way, the ways in turn."""
@@ -185,11 +187,12 @@ class Naive:
             layer = edit.layers[0]
             self._time("hf", lambda r=rows, i=layer: self.grid.run(i, r))
             self._time("hf_last", lambda r=rows, i=layer: self.grid.run(i, r, logits_to_keep=1))
-        self._reference(cells)
+        if cells:
+            self._reference(cells)
 
     def _time(self, way: str, work: Any) -> None:
         took, found = seconds(work)
-        self.spent[way] = self.spent.get(way, 0.0) + took
+        self.spent.setdefault(way, []).append(took)
         self.logits.setdefault(way, []).append(found)
 
     def _reference(self, cells: Sequence[Any]) -> None:
@@ -198,14 +201,14 @@ class Naive:
         clean_s, _ = seconds(lambda: self.worlds.evaluate([[]], into="clean", executor="reference"))
         took, out = seconds(lambda: self.worlds.evaluate(cells, into="corrupted", executor="reference"))
         self.worlds.ledger = before
-        self.spent["reference"] = self.spent.get("reference", 0.0) + took - clean_s
+        self.spent.setdefault("reference", []).append((took - clean_s) / len(cells))
         self.logits.setdefault("reference", []).extend(out)
 
 
 # ---- one grid -------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, site: str, n_naive: int, n_rows: int | None) -> dict[str, Any]:
+def measure(name: str, site: str, n_naive: int, n_rows: int | None, rounds: int) -> dict[str, Any]:
     """Times of all ways on one grid, their largest differences, and what was computed."""
     case = case_of(*CASES[name])
     worlds, tokens = case.worlds, case.worlds.tokens("corrupted")
@@ -216,22 +219,27 @@ def measure(name: str, site: str, n_naive: int, n_rows: int | None) -> dict[str,
         for f in range(tokens.n_frames)
     ]
     chosen = torch.linspace(0, len(cells) - 1, n_naive).long().tolist()
-    naive = Naive(worlds, PlainGrid.of(case, site), {}, {})
-    tower_s = _see(worlds)  # from here on the vision side is kept
-    naive.add([cells[i] for i in chosen[: n_naive // 2]])
-    worlds.ledger = type(worlds.ledger)()
-    fast_s, fast = seconds(lambda: worlds.evaluate(cells, into="corrupted", n_rows=n_rows))
+    naive = Naive(worlds, PlainGrid.of(case, site))
+    see_s, fast_s, order = [_see(worlds)], [], []  # from here on the vision side is kept
+    fast = worlds.evaluate(cells[:1], into="corrupted", n_rows=n_rows)  # warm
+    for i in range(rounds):
+        naive.add([cells[j] for j in chosen[i::rounds]])
+        order += chosen[i::rounds]
+        see_s.append(_see(worlds))
+        worlds.ledger = type(worlds.ledger)()
+        took, fast = seconds(lambda: worlds.evaluate(cells, into="corrupted", n_rows=n_rows))
+        fast_s.append(took)
     spent = worlds.ledger
-    naive.add([cells[i] for i in chosen[n_naive // 2 :]])
-    each = {way: took / n_naive for way, took in naive.spent.items()}
-    apart = {way: float((fast[chosen] - torch.stack(out)).abs().max()) for way, out in naive.logits.items()}
-    whole = fast_s + tower_s
+    each = {way: median(took) for way, took in naive.spent.items()}
+    apart = {way: float((fast[order] - torch.stack(out)).abs().max()) for way, out in naive.logits.items()}
+    own, tower = median(fast_s), median(see_s[1:])
+    whole = own + tower
     return {
         "positions": len(tokens), "layers": model.cfg.n_layers, "frames": tokens.n_frames, "cells": len(cells), "site": site,
-        "naive_s_per_cell": {way: round(s, 4) for way, s in each.items()}, "fast_s": round(fast_s, 2),
-        "tower_s": round(tower_s, 4), "ratio": round(each["hf"] * len(cells) / whole, 2),
+        "naive_s_per_cell": {way: round(s, 5) for way, s in each.items()}, "fast_s": [round(s, 4) for s in fast_s],
+        "tower_s": round(tower, 4), "ratio": round(each["hf"] * len(cells) / whole, 2),
         "ratio_hf_last": round(each["hf_last"] * len(cells) / whole, 2),
-        "ratio_tower_kept": round(each["reference"] * len(cells) / fast_s, 2), "ratio_aimed_at": FIFTH,
+        "ratio_tower_kept": round(each["reference"] * len(cells) / own, 2), "ratio_aimed_at": FIFTH,
         "rows": round(spent.forwards / len(cells), 3), "flops": _flops(case),
         "ledger_of_fast": spent.plain(), "reason": worlds.reason, "naive_cells_timed": n_naive,
         "max_difference": apart["reference"], "max_difference_hf": max(apart["hf"], apart["hf_last"]),
@@ -264,17 +272,22 @@ def _flops(case: Case) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Cost of a causal-tracing grid, stored runs against naive.")
     parser.add_argument("--naive", type=int, default=16, help="how many of the naive cells are timed")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="fast runs; the bundled model gets five times as many"
+    )
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, help="rows run together; absent: what the lab takes")
     parser.add_argument("--cases", nargs="*", default=list(CASES)[:5], choices=list(CASES))
     parser.add_argument("--sites", nargs="*", default=["resid_post", "resid_pre"])
     parser.add_argument("--out", help="json file; standard output if absent")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     found: dict[str, Any] = {}
     shapes = {c: asdict(shape) for c, (_, shape) in CASES.items() if shape is not None and c in args.cases}
     for site in args.sites:
         for case in args.cases:
-            found[f"{case}, {site}"] = measure(case, site, args.naive, args.rows)
+            rounds = args.rounds * (1 if CASES[case][1] else 5)
+            found[f"{case}, {site}"] = measure(case, site, max(args.naive, rounds), args.rows, rounds)
             if args.out:  # what has been measured is kept if it is stopped
                 write(args.out, {"setting": setting(), "shapes": shapes, "cases": found})
     if not args.out:
