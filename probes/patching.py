@@ -379,7 +379,9 @@ def _rows(
                 held = run.results()[key]
                 yield _Row(key, held["columns"], held["values"], held["notes"], Ledger(**held["spent"]))
                 continue
-            row = _row(model, key, setup.worlds(model, item, other, shadow), setup, grid, scored)
+            worlds = setup.worlds(model, item, other, shadow)
+            with worlds.storing():
+                row = _row(model, key, worlds, setup, grid, scored)
             if run is not None:
                 plain = {
                     "columns": row.columns,
@@ -396,7 +398,7 @@ def _rows(
 
 def _row(model: Any, key: str, worlds: Worlds, setup: Setup, grid: Any, scored: bool) -> _Row:
     calls = model.tower_calls
-    logits = dict(zip(worlds.names, worlds.run()[:, -1], strict=True))
+    logits = worlds.logits(setup.executor)
     source, into = (worlds.ready[w].item for w in (setup.source, setup.into))
     tokens, choices = answers_of(model, source, into)
     score = Score.between(logits[setup.source], logits[setup.into], setup.metric, tokens, choices)
@@ -410,7 +412,7 @@ def _row(model: Any, key: str, worlds: Worlds, setup: Setup, grid: Any, scored: 
     if score.lost:
         notes["nan"] = score.lost
         warnings.warn(f"{key}: {score.lost}", LabWarning, stacklevel=2)
-    spent = worlds.ledger + Ledger(2, 2, model.tower_calls - calls)
+    spent = worlds.ledger + Ledger(tower_calls=model.tower_calls - calls)
     return _Row(key, columns, values.tolist(), notes, spent)
 
 

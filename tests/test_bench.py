@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import accelerate
@@ -100,7 +101,7 @@ def test_committed_predictions_are_within_bounds(path: Path) -> None:
 @pytest.mark.parametrize("site", ["resid_post", "resid_pre"])
 def test_a_hook_on_plain_transformers_gives_the_same_grid(site: str) -> None:
     """What is timed as naive is the same work; the ratios themselves are for the bench."""
-    found = patching.measure("tiny", site, n_naive=4, n_rows=None)
+    found = patching.measure("tiny", site, n_naive=4, n_rows=None, rounds=2)
     assert found["max_difference_hf"] <= 1e-4 and found["max_difference"] <= 1e-4 < found["mean_change"]
     assert found["reason"] == "" and 0.1 < found["flops"]["tower"] < 0.4
 
@@ -111,7 +112,7 @@ def test_committed_grids_are_exact() -> None:
     for name, row in found.items():
         assert max(row["max_difference"], row["max_difference_hf"]) <= 1e-4, name
         assert row["ratio"] == pytest.approx(
-            row["naive_s_per_cell"]["hf"] * row["cells"] / (row["fast_s"] + row["tower_s"]), rel=0.03
+            row["naive_s_per_cell"]["hf"] * row["cells"] / (median(row["fast_s"]) + row["tower_s"]), rel=0.03
         )
 
 

@@ -58,10 +58,10 @@ def _front(model: Any, ready: Ready) -> Front:
 
 def _modules(model: Any) -> Iterator[nn.Module]:
     """The checkpoint's modules without the decoder's layers, which lie behind the door."""
-    waiting: list[nn.Module] = [model.hf]
+    layers, waiting = model.lm.layers, [model.hf]
     while waiting:
         module = waiting.pop()
-        if module is not model.lm.layers:
+        if module is not layers:
             yield module
             waiting += [m for m in module._modules.values() if m is not None]
 

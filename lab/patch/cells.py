@@ -189,11 +189,10 @@ def _writes(model: Any, edit: Edit, base: Stored, others: Mapping[str, Stored], 
     check_heads(model, edit)
     out: list[Write] = []
     for layer in layers_with(model, edit.site, edit.layers):
-        name = hook_name(edit.site, layer)
         if edit.source is None:
-            own, theirs = base.values[name], None
+            own, theirs = base.at(edit.site, layer), None
         else:
-            own = theirs = others[edit.source].values[name]
+            own = theirs = others[edit.source].at(edit.site, layer)
         at = rows.to(own.device)
         out.append(
             Write(

@@ -63,6 +63,22 @@ def layers_with(model: Any, site: str, layers: Sequence[int] | None) -> tuple[in
     return tuple(layers)
 
 
+def in_stream(site: str, layer: int, n_deep: int) -> int | None:
+    """Which entry of a stored stream (entering every layer, then the end) is what passes at a site; None: none of them.
+
+    n_deep  how many layers DeepStack adds to
+    """
+    match site:
+        case "embed":
+            return 0
+        case "resid_pre":
+            return layer
+        case "resid_post":
+            return None if layer < n_deep else layer + 1
+        case _:
+            return None
+
+
 def n_heads(model: Any, site: str) -> int:
     """How many heads the site's values have; 0 for sites without heads."""
     if site in KV_HEADS:

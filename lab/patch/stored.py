@@ -18,6 +18,7 @@ from lab.model.decoder import decode
 from lab.model.door import Door
 from lab.model.run import Edges, Run
 from lab.patch.doors import edges_of, joined
+from lab.patch.sites import hook_name, in_stream
 from lab.side import Side
 
 
@@ -27,12 +28,21 @@ class Stored:
 
     store   its clean run under the policy
     cuts    the policy's cuts, for rows that are run again
-    values  hook point -> [pos, ...]
+    values  hook point -> [pos, ...], of what the store's stream does not hold
     """
 
     store: Store
     cuts: Mapping[int, Tensor]
     values: dict[str, Tensor]
+
+    def at(self, site: str, layer: int) -> Tensor:
+        """What passed at a site of a layer, [pos, ...]."""
+        place = in_stream(site, layer, len(self.store.door.deep))
+        return self.values[hook_name(site, layer)] if place is None else self.store.resid[place]
+
+    def serves(self, model: Any, points: Sequence[str]) -> bool:
+        """Whether it holds these hook points and the model is as it was."""
+        return set(points) <= self.values.keys() and self.store.version == version(model)
 
 
 def why_not_stored(worlds: Any, world: str, door: Door, tokens: Any) -> str:
@@ -46,6 +56,17 @@ def why_not_stored(worlds: Any, world: str, door: Door, tokens: Any) -> str:
     if ready.plan.hooks:
         return "a mechanism brings hooks"
     return why_not(model, ready, door)
+
+
+def kept_runs(
+    worlds: Any, points: Mapping[str, Sequence[str]], came: Mapping[str, tuple[Door, Any]], n_rows: int
+) -> tuple[dict[str, Stored], list[str]]:
+    """Stored runs as `stored_runs` makes them, and which of them are new: the others `worlds.kept` held already."""
+    kept: dict[str, Stored] = {} if worlds.kept is None else worlds.kept
+    new = [w for w in points if w not in kept or not kept[w].serves(worlds.model, points[w])]
+    if new:
+        kept |= stored_runs(worlds, {w: points[w] for w in new}, came, n_rows)
+    return {w: kept[w] for w in points}, new
 
 
 def stored_runs(

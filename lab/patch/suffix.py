@@ -24,8 +24,8 @@ from lab.model.decoder import all_reached, one_layer
 from lab.model.run import Call, Run
 from lab.patch.cells import PARTS, Cell, RowsOf, agreeing, cell_of, why_not_cell
 from lab.patch.points import Held
-from lab.patch.sites import hook_name, layers_with
-from lab.patch.stored import Stored, logits_of, stored_runs, why_not_stored
+from lab.patch.sites import hook_name, in_stream, layers_with
+from lab.patch.stored import Stored, kept_runs, logits_of, why_not_stored
 from lab.runs import Ledger
 from lab.side import Side
 
@@ -85,18 +85,11 @@ def _taken_from(worlds: Any, cells: Sequence[Sequence[Any]]) -> dict[str, list[s
 def _fast(
     worlds: Any, cells: Sequence[Sequence[Any]], into: str, came: dict[str, tuple[Any, Any]], n_rows: int
 ) -> tuple[Tensor, Ledger]:
-    model = worlds.model
-    taken = _taken_from(worlds, cells)
-    own = {
-        hook_name(e.site, i)
-        for cell in cells
-        for e in cell
-        if e.source is None
-        for i in layers_with(model, e.site, e.layers)
-    }
-    worlds.check({w: came[w][1] for w in (into, *taken)})
-    others = stored_runs(worlds, {into: sorted(own), **taken}, came, n_rows)
-    base, tokens = others.pop(into), came[into][1]
+    model, tokens = worlds.model, came[into][1]
+    worlds.check({w: arrived for w, (_, arrived) in came.items()})
+    others, new = kept_runs(worlds, _points(worlds, cells, into, came), came, n_rows)
+    base = others.pop(into)
+    before = 0 if into in new else base.store.work.row_layers
     rows_of = RowsOf(tokens, base.store.ready.item)
     agree = {w: agreeing(base, other) for w, other in others.items()}
     made = [cell_of(model, cell, base, others, rows_of, agree) for cell in cells]
@@ -108,9 +101,33 @@ def _fast(
     jobs = _jobs(made, torch.stack(live))
     for batch in batches(jobs, n_rows):
         _run(model, base, others, batch, out)
-    rows = base.store.work.row_layers + sum(o.store.work.row_layers for o in others.values())
-    whole = base.store.n_pos * base.store.n_layers
-    return out, Ledger(rows / whole, len(cells) + len(others))
+    again = sum(w != into for w in new)
+    rows = (base.store.work.row_layers - before) / (base.store.n_pos * base.store.n_layers)
+    return out, Ledger(rows + again, len(cells) + again)
+
+
+def _points(
+    worlds: Any, cells: Sequence[Sequence[Any]], into: str, came: Mapping[str, tuple[Any, Any]]
+) -> dict[str, list[str]]:
+    """World -> the hook points whose values are needed of it beside its stream."""
+    out: dict[str, dict[str, None]] = {into: {}}
+    for edit in (e for cell in cells for e in cell):
+        world = into if edit.source is None else edit.source
+        deep, names = len(came[world][0].deep), out.setdefault(world, {})
+        for layer in layers_with(worlds.model, edit.site, edit.layers):
+            if in_stream(edit.site, layer, deep) is None:
+                names[hook_name(edit.site, layer)] = None
+    return {world: list(names) for world, names in out.items()}
+
+
+def own_logits(worlds: Any) -> dict[str, Tensor] | None:
+    """Logits [d_vocab] of all worlds as they are, from stored runs; None where those cannot be used."""
+    came = {w: worlds.arrive(w) for w in worlds.names}
+    if any(why_not_stored(worlds, w, *door) for w, door in came.items()):
+        return None
+    worlds.check({w: arrived for w, (_, arrived) in came.items()})
+    kept, _ = kept_runs(worlds, {w: [] for w in came}, came, rows_together(worlds.model))
+    return {w: logits_of(worlds.model, run) for w, run in kept.items()}
 
 
 @dataclass(frozen=True)

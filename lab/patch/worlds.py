@@ -7,8 +7,8 @@ after the other, sources first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class Worlds:
     standing  edits of the embeddings (noise, means) that hold in every run: how a world is corrupted without a twin
     ledger    what `evaluate` has cost so far, in forwards of one world
     reason    why the last `evaluate` took the reference way although "fast" was asked; "" if it did not
+    kept      the stored runs, inside `storing`
     """
 
     model: Any
@@ -46,6 +47,7 @@ class Worlds:
     standing: tuple[Edit, ...] = ()
     ledger: Ledger = Ledger()
     reason: str = ""
+    kept: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -224,6 +226,25 @@ class Worlds:
         out, spent, self.reason = evaluate(self, cells, into, executor, n_rows or rows_together(self.model))
         self.ledger = self.ledger + spent
         return out
+
+    @contextmanager
+    def storing(self) -> Iterator[None]:
+        """Inside, stored runs are kept from one `evaluate` to the next, and given back at the end."""
+        before, self.kept = self.kept, {} if self.kept is None else self.kept
+        try:
+            yield
+        finally:
+            self.kept = before
+
+    @torch.no_grad()
+    def logits(self, executor: str = "fast") -> dict[str, Float[Tensor, " d_vocab"]]:
+        """Logits at the last position of every world as it is; "fast": from stored runs, which `storing` keeps."""
+        from lab.patch.suffix import own_logits
+
+        found = own_logits(self) if executor == "fast" else None
+        n = len(self.names)
+        self.ledger = self.ledger + Ledger(n, n)
+        return dict(zip(self.names, self.run()[:, -1], strict=True)) if found is None else found
 
     def _check(self, edits: Sequence[Edit], only: str | None = None) -> None:
         for edit in edits:
