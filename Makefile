@@ -11,6 +11,8 @@ OLDEST := 'transformers==5.17.0' 'huggingface-hub<2'
 # what must hold on the oldest transformers we claim
 PARITY := tests/test_parity.py tests/test_tower.py tests/test_mod.py tests/test_streaming.py tests/test_released_method.py tests/test_families.py tests/test_generate.py tests/test_hooks.py tests/test_slots.py
 BIN    := .venv/bin
+# two workers, each with its half of the list: tests of one file share models that are made once
+PYTEST := python -m pytest -n 2 --dist worksteal
 # Two threads: more gains nothing on models this small. Tests and demo never ask a hub.
 ENV    := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
@@ -38,11 +40,11 @@ figures: setup
 	@$(ENV) $(BIN)/vlab figures run $(FIG) $(ARGS)
 
 test: setup
-	@$(ENV) $(BIN)/python -m pytest
+	@$(ENV) $(BIN)/$(PYTEST)
 
 test-oldest:
 	@sh .ci/setup .venv-oldest '$(PYTHON)' '$(TORCH)' $(OLDEST)
-	@$(ENV) .venv-oldest/bin/python -m pytest $(PARITY)
+	@$(ENV) .venv-oldest/bin/$(PYTEST) $(PARITY)
 
 browser: setup
 	@.ci/browser
