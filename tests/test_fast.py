@@ -322,11 +322,13 @@ def test_rows_side_by_side_read_causally_with_and_without_the_kernel(monkeypatch
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("kv", [1, 2, 6])
 @pytest.mark.parametrize("rows", [1, 7, 31, 32, 70, 90])
-def test_last_rows_read_all_keys_up_to_their_own(rows, dtype, bound):
+def test_last_rows_read_all_keys_up_to_their_own(rows, kv, dtype, bound):
     """By softmax written out; 90 keys, so that 90 rows have none stored before them. Blocks with and without a rest."""
     g = torch.Generator().manual_seed(rows)
-    q, k, v = (torch.randn(2, h, n, 8, generator=g, dtype=dtype) for h, n in ((3, rows), (1, 90), (1, 90)))
+    q, k, v = (torch.randn(2, h, n, 8, generator=g, dtype=dtype) for h, n in ((6, rows), (kv, 90), (kv, 90)))
     unread = torch.ones(rows, 90).tril(90 - rows) == 0
-    wanted = (q @ k.transpose(2, 3) * 0.25).masked_fill(unread, -torch.inf).softmax(-1) @ v
+    keys, values = (t.repeat_interleave(6 // kv, 1) for t in (k, v))
+    wanted = (q @ keys.transpose(2, 3) * 0.25).masked_fill(unread, -torch.inf).softmax(-1) @ values
     assert float((packed.last_rows(q, k, v, 0.25) - wanted).abs().max()) <= bound

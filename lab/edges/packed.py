@@ -134,9 +134,12 @@ class Packed:
         """q [head, world, rows, d_head], k and v [kv_head, world, rows, d_head] -> [head, world, rows, d_head]."""
         heads, worlds, n, d = q.shape
         kv = k.shape[0]
+        first = int(group.rows[0])
+        if group.unbroken and (q.device.type != "cpu" or first + n <= JOINED):
+            return self.joined(q, k, v, stored_k[:, :first], stored_v[:, :first], scale)
         q = q.reshape(kv, heads // kv, worlds, n, d)
         if group.unbroken:
-            return self._unbroken(group, q, k, v, stored_k, stored_v, scale).reshape(heads, worlds, n, d)
+            return self._unbroken(first, q, k, v, stored_k, stored_v, scale).reshape(heads, worlds, n, d)
         out = torch.empty_like(q)
         # where heads differ, every world has a mask for each of its heads
         masks = 1 if heads_of(group.cut) == 1 else heads * worlds
@@ -147,13 +150,10 @@ class Packed:
         return out.reshape(heads, worlds, n, d)
 
     def _unbroken(
-        self, group: Group, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor, scale: float
+        self, first: int, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor, scale: float
     ) -> Tensor:
         """Rows side by side and not cut: they read one another causally, and all that is stored before them."""
-        kv, g, worlds, n = q.shape[:4]
-        first = int(group.rows[0])
-        if q.device.type != "cpu" or first + n <= JOINED:
-            return self.joined(q, k, v, stored_k[:, :first], stored_v[:, :first], scale)
+        kv, g, worlds = q.shape[:3]
         own, own_lse = causal(q.transpose(1, 2).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale)
         own = own.unflatten(0, (kv, worlds)).transpose(1, 2)
         if not first:
@@ -165,17 +165,16 @@ class Packed:
 
     @staticmethod
     def joined(q: Tensor, k: Tensor, v: Tensor, before_k: Tensor, before_v: Tensor, scale: float) -> Tensor:
-        """The same in one kernel call: what is stored before the rows stands, in every world, before its own keys.
+        """The same without merging: what is stored before the rows stands, in every world, before its own keys.
 
-        q [kv_head, group, world, rows, d_head]: the last of the rows of k, v [kv_head, world, rows, d_head]
+        q [head, world, rows, d_head]: the last of the rows of k, v [kv_head, world, rows, d_head]
         """
-        kv, _, worlds = q.shape[:3]
+        worlds = q.shape[1]
         keys, values = (
-            torch.cat([old[:, None].expand(-1, worlds, -1, -1), new], 2).flatten(0, 1)[:, None]
+            torch.cat([old[None].expand(worlds, -1, -1, -1), new.transpose(0, 1)], 2)
             for old, new in ((before_k, k), (before_v, v))
         )
-        z = last_rows(q.transpose(1, 2).flatten(0, 1), keys, values, scale)
-        return z.unflatten(0, (kv, worlds)).transpose(1, 2)
+        return last_rows(q.transpose(0, 1), keys, values, scale).transpose(0, 1)
 
     def _block(
         self, group: Group, block: slice, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor,
@@ -292,21 +291,24 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 def last_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """z where the rows are the last of those whose keys are given, and each reads the keys up to its own.
 
-    q [batch, head, rows, d_head]; k, v [batch, 1, keys, d_head]
+    q [batch, head, rows, d_head]; k, v [batch, kv_head, keys, d_head]
     """
-    heads, n = q.shape[1:3]
-    if n == 1:  # reads everything: heads become rows
-        return sdpa(q.transpose(1, 2), k, v, scale=scale).transpose(1, 2)
-    k, v = (t.expand(-1, heads, -1, -1) for t in (k, v))
-    size = min(n, JOINED_ROWS if q.device.type == "cpu" else n)
+    heads, n, kv = q.shape[1], q.shape[2], k.shape[1]
+    if n == 1:  # reads everything: heads of one key become rows
+        return sdpa(q.reshape(len(q), kv, heads // kv, -1), k, v, scale=scale).reshape(q.shape)
+    on_cpu = q.device.type == "cpu"
+    if not on_cpu:  # kernels that take a mask ask for every head's keys
+        k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))
+    size = min(n, JOINED_ROWS) if on_cpu else n
     mask = _ending_triangle(size, k.shape[2], q.dtype, q.device)
     done: list[Tensor] = []
     for at in range(0, n, size):
         stop = min(at + size, n)
-        seen = k.shape[2] - n + stop
-        masked = mask[at - stop :, -seen:]
-        done.append(sdpa(q[:, :, at:stop], k[:, :, :seen], v[:, :, :seen], attn_mask=masked, scale=scale))
-    return torch.cat(done, 2)
+        keys, values = (t[:, :, : t.shape[2] - n + stop] for t in (k, v))
+        masked = mask[at - stop :, -keys.shape[2] :]
+        z = sdpa(q[:, :, at:stop], keys, values, attn_mask=masked, scale=scale, enable_gqa=on_cpu)
+        done.append(z.transpose(1, 2))  # lies as [batch, rows, head, d_head]
+    return torch.cat(done, 1).transpose(1, 2)
 
 
 @lru_cache(maxsize=16)

@@ -380,15 +380,13 @@ class _Tail:
         self, group: Group, block: slice, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float
     ) -> Tensor:
         heads, worlds, m, d = q.shape
-        q = q.reshape(k.shape[0], heads // k.shape[0], worlds, m, d)
         clean = self.packed.keys[layer], self.packed.values[layer]
         keys, values = self.packed.stored(group, layer, clean)
         if group.unbroken:
             before = slice(None, int(group.rows[0]))
-            z = self.packed.joined(q, k, v, keys[:, before], values[:, before], scale)
-        else:
-            z = self.packed._block(group, block, q, k, v, keys, values, scale)
-        return z.reshape(heads, worlds, m, d)
+            return self.packed.joined(q, k, v, keys[:, before], values[:, before], scale)
+        q = q.reshape(k.shape[0], heads // k.shape[0], worlds, m, d)
+        return self.packed._block(group, block, q, k, v, keys, values, scale).reshape(heads, worlds, m, d)
 
 
 # ---- edits inside a layer -------------------------------------------------------------------------------------------
