@@ -106,9 +106,10 @@ def test_a_hook_on_plain_transformers_gives_the_same_grid(site: str) -> None:
     assert found["reason"] == "" and 0.1 < found["flops"]["tower"] < 0.4
 
 
-def test_committed_grids_are_exact() -> None:
-    found = json.loads((ROOT / "lab/bench/data/patching_cpu.json").read_text(encoding="utf-8"))["cases"]
-    assert len(found) >= 4
+@pytest.mark.parametrize(("file", "least"), [("patching_cpu", 8), ("patching_2_threads_cpu", 2)])
+def test_committed_grids_are_exact(file: str, least: int) -> None:
+    found = json.loads((ROOT / f"lab/bench/data/{file}.json").read_text(encoding="utf-8"))["cases"]
+    assert len(found) >= least
     for name, row in found.items():
         assert max(row["max_difference"], row["max_difference_hf"]) <= 1e-4, name
         assert row["ratio"] == pytest.approx(

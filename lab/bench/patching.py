@@ -22,11 +22,14 @@ the fast runs is taken. Both ways must give the same logits (`max_difference`, `
 * 16 layers (d 512, 8 heads, 2 of keys, MLP 2,048) on Map-the-Flow's layout: 8 frames of 144 tokens or 16 of 196, and 115
   of text. Its head is small, its tower takes a quarter of a forward.
 
-Rows set a bound on the ratio over the decoder alone. Patching frame f of F at the end of layer l of n changes, exactly,
-every row from f on in every later layer; nothing stored holds those states. Of whole decoder forwards that is about
-(F + 1) / 2F times (n - 2) / 2n (of the last layer one row matters) and the text. An exact way that computes rows as fast as
-the naive one stays below 4 to 4.5 times there, whatever it stores; what is above comes from tower and head. `rows` is the
-share that was run. Time is CPU time of the process on one thread, wall time on several.
+Rows set a bound on the ratio over the decoder alone. Patching frame f of F on entering layer l of n changes, exactly, every
+row from f on in layer l and later; nothing stored holds those states. Of whole decoder forwards that is about
+(F + 1) / 2F times half the layers (of the last one row matters) and the text; frame 0 with all before it is the other
+world's from then on. An exact way that computes rows as fast as the naive one stays near 4 times there; what is above comes
+from tower and head, and from rows of many cells run together, which are quicker than one prompt at a time: most of all where
+a forward is short (the bundled model) and its calls cost as much as its products. resid_pre has one more layer of whole
+suffixes than resid_post. `rows` is the share that was run. Time is CPU time of the process on one thread, wall time on several
+(data/patching_2_threads_cpu.json).
 """
 
 from __future__ import annotations
