@@ -100,7 +100,7 @@ def flipped(model: Any, items: Sequence[Any], *, show: bool = True) -> list[Part
         + (f", in half or more up to layer {until}" if until else "")
         + (
             f"; taking the last position alone does so from layer {since} on." if since <= n
-            else "; replacing the last position alone does so in none: the answer reaches it only in the last layers."
+            else f"; the last position alone flips {last.max():.0%} at most (layer {int(last.argmax()) + 1}), in no layer half."
         )
     )  # fmt: skip
     each = frames.mean("item").values[0]

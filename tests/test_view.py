@@ -437,6 +437,15 @@ def test_the_page_can_be_read_without_seeing_or_a_mouse(page: str) -> None:
     assert "prefers-color-scheme: dark" in page
 
 
+def test_frames_of_a_page_are_numbered_as_on_the_axes(tmp_path: Path) -> None:
+    many, one = np.zeros((3, 4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
+    page = report([], tmp_path / "r.html", title="t", pictures={"clip": many, "still": one}).read_text(
+        "utf-8"
+    )
+    assert re.findall(r"<figcaption>(\d+)</figcaption>", page) == ["0", "1", "2"]
+    assert 'alt="clip, frame 2 of 0 to 2"' in page and 'alt="still"' in page
+
+
 def test_the_csv_in_the_page_is_the_result(tmp_path: Path) -> None:
     import base64
 

@@ -172,10 +172,10 @@ def _pictures(name: str, pictures: Any) -> str:
 
 
 def _thumb(name: str, pixels: NDArray[np.uint8], i: int, n: int) -> str:
-    alt = f"{name}, picture {i + 1} of {n}"
-    return (
-        f'<figure><img src="{picture_uri(pixels)}" alt="{_e(alt)}"><figcaption>{i + 1}</figcaption></figure>'
-    )
+    """Numbered from 0, as frames are in token maps and on every axis; a single picture has no number."""
+    alt = f"{name}, frame {i} of 0 to {n - 1}" if n > 1 else name
+    caption = f"<figcaption>{i}</figcaption>" if n > 1 else ""
+    return f'<figure><img src="{picture_uri(pixels)}" alt="{_e(alt)}">{caption}</figure>'
 
 
 def _figure(i: int, one: Result | FigureSpec, frames: Any) -> str:
