@@ -23,7 +23,10 @@ from lab.model.run import Call
 NEG = float("-inf")
 MASK_CELLS = 1 << 20  # query rows are taken in blocks of at most so many mask cells (head x query x key)
 SCORE_CELLS = 1 << 26  # written-out scores, batch x head x query x key
-JOINED = 512  # keys up to which a CPU is quicker when stored and new ones are put into one sequence
+JOINED = 512  # keys up to which it is quicker to put stored and new ones into one sequence
+JOINED_SHARE = (
+    8  # and up to how many times the new ones that may be: every world gets its copy of the stored ones
+)
 JOINED_ROWS = 32  # query rows taken together there: each block skips the keys after its last row
 _CPU_KERNEL: Callable[..., Any] | None = getattr(
     torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
@@ -83,6 +86,12 @@ class Group:
         """Whether a world's rows stand side by side and none of their edges is cut."""
         return self.cut is None and int(self.rows[-1] - self.rows[0]) == len(self.rows) - 1
 
+    @cached_property
+    def joins(self) -> bool:
+        """Whether a world's stored keys are put before its new ones."""
+        keys = int(self.rows[-1]) + 1
+        return self.unbroken and keys <= min(JOINED, JOINED_SHARE * len(self.rows))
+
 
 @dataclass
 class Packed:
@@ -135,7 +144,7 @@ class Packed:
         heads, worlds, n, d = q.shape
         kv = k.shape[0]
         first = int(group.rows[0])
-        if group.unbroken and (q.device.type != "cpu" or first + n <= JOINED):
+        if group.joins:
             return self.joined(q, k, v, stored_k[:, :first], stored_v[:, :first], scale)
         q = q.reshape(kv, heads // kv, worlds, n, d)
         if group.unbroken:
