@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from lab.edges.budget import FINER, Budget, Layers, Method
 from lab.edges.closure import closure_of
 from lab.edges.curves import curve_of
 from lab.edges.evidence import evaluate
@@ -22,7 +23,7 @@ from lab.edges.fingerprints import Evidence
 from lab.edges.found import ladder
 from lab.edges.policy import Policy
 from lab.edges.scoring import scores
-from lab.edges.searching import FINER, Budget, Found, Layers, Method, search
+from lab.edges.searching import Found, search
 from lab.edges.units import Grain, Grid, Roles, segments_of
 from lab.edges.validating import validate_scores
 from lab.errors import UsageError

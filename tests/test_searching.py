@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from lab.edges.budget import Asked, Budget
 from lab.edges.found import ladder, unit_of
 from lab.edges.knapsack import culprit
 from lab.edges.pathways import cut_mask
 from lab.edges.policy import Policy
-from lab.edges.searching import MEASURES, Asked, Budget, Searcher, search
+from lab.edges.searcher import MEASURES, Searcher
+from lab.edges.searching import search
 from lab.edges.trials import Reader, Trials
 from lab.edges.units import Unit, split, units_of
 from lab.edges.warm import predicted

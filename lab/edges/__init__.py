@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 # name -> (module, attribute); an empty attribute hands out the module itself
 _SURFACE = {
-    "Budget": ("lab.edges.searching", "Budget"),
+    "Budget": ("lab.edges.budget", "Budget"),
     "Count": ("lab.edges.counting", "Count"),
     "Cut": ("lab.edges.cuts", "Cut"),
     "Found": ("lab.edges.searching", "Found"),
@@ -39,6 +39,7 @@ _SURFACE = {
 
 if TYPE_CHECKING:
     from lab.edges import presets
+    from lab.edges.budget import Budget
     from lab.edges.counting import Count
     from lab.edges.cuts import Cut
     from lab.edges.evidence import evaluate, overlap
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from lab.edges.mass import Mass, segment_mass
     from lab.edges.policy import Policy
     from lab.edges.scoring import scalars, scores
-    from lab.edges.searching import Budget, Found, search
+    from lab.edges.searching import Found, search
     from lab.edges.subsets import row_scores, unit_scores
     from lab.edges.sweeping import sweep
     from lab.edges.validating import check_validated, validate_scores

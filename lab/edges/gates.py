@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from lab.edges.bounds import mean_bound, most_hits
+from lab.edges.budget import Budget
 from lab.edges.found import as_policy
 from lab.edges.joining import joined, offsets
-from lab.edges.searching import Budget, Found
+from lab.edges.searching import Found
 from lab.edges.sweeping import as_ready
 from lab.edges.trials import Effect, Trials
 from lab.edges.units import Grid, Roles, Unit, segments_of

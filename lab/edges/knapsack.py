@@ -29,7 +29,7 @@ LOOKED_AT = 4  # samples that blame is found on
 
 
 def fill(search: Any, *, show: bool) -> None:
-    """Carry the rounds out on a `lab.edges.searching.Searcher`, until its forwards are spent."""
+    """Carry the rounds out on a `lab.edges.searcher.Searcher`, until its forwards are spent."""
     for done in progress(range(ROUNDS), desc="search", show=show, cancel=search.cancel):
         last = done == ROUNDS - 1
         order = _ordered(search, _leaves(search, small=last))
