@@ -2,7 +2,8 @@
 
 A row of world w at position p reads the stored keys of rows that are not being run in w, and the new keys of those
 that are. Both parts come with their log-sum-exp and are merged exactly. Worlds that run the same rows under the same
-mask form a group and are served by one kernel call; no object of positions x positions is made.
+mask form a group and are served by one kernel call; no object of positions x positions is made. Where keys are few, the
+stored ones are copied before every world's own instead, and there is nothing to merge.
 """
 
 from __future__ import annotations
