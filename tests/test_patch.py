@@ -290,6 +290,23 @@ def test_leaving_a_layer_comes_before_entering_the_next() -> None:
     assert away(spent[0][0], spent[1][0]) == 0.0 and spent[0][1] == spent[1][1]
 
 
+def test_stored_runs_are_kept_inside_storing_and_nowhere_else() -> None:
+    worlds, cell = (
+        Worlds.of(model_of("internvl"), **two("internvl")),
+        [take(WAY, layers=LAYERS - 1, role="last")],
+    )
+    plain = worlds.run()[:, -1]
+    with worlds.storing():
+        for _ in range(2):
+            assert away(torch.stack(list(worlds.logits().values())), plain) <= TOL
+            assert worlds.ledger == Ledger(2, 2), "asked again, nothing is run"
+        inside = worlds.evaluate([cell], into="corrupted")
+        assert 2 < worlds.ledger.forwards < 2.1 and worlds.ledger.naive == 3
+    assert worlds.kept is None and away(worlds.evaluate([cell], into="corrupted"), inside) == 0.0
+    assert worlds.ledger.forwards > 4
+    assert away(torch.stack(list(worlds.logits("reference").values())), plain) == 0.0
+
+
 # ---- other values ---------------------------------------------------------------------------------------------------
 
 

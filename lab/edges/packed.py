@@ -25,9 +25,7 @@ NEG = float("-inf")
 MASK_CELLS = 1 << 20  # query rows are taken in blocks of at most so many mask cells (head x query x key)
 SCORE_CELLS = 1 << 26  # written-out scores, batch x head x query x key
 JOINED = 512  # keys up to which it is quicker to put stored and new ones into one sequence
-JOINED_SHARE = (
-    8  # and up to how many times the new ones that may be: every world gets its copy of the stored ones
-)
+JOINED_SHARE = 8  # and up to how many times the new ones: every world gets a copy of the stored ones
 JOINED_ROWS = 32  # query rows taken together there: each block skips the keys after its last row
 _CPU_KERNEL: Callable[..., Any] | None = getattr(
     torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None

@@ -114,11 +114,11 @@ def _points(
     return {world: list(names) for world, names in out.items()}
 
 
-def own_logits(worlds: Any) -> dict[str, Tensor] | None:
-    """Logits [d_vocab] of all worlds as they are, from stored runs; None where those cannot be used."""
+def own_logits(worlds: Any) -> tuple[dict[str, Tensor], int] | None:
+    """Logits [d_vocab] of all worlds as they are, and how many had to be run; None where none can be stored."""
     came = {w: worlds.arrive(w) for w in worlds.names}
     if any(why_not_stored(worlds, w, *door) for w, door in came.items()):
         return None
     worlds.check({w: arrived for w, (_, arrived) in came.items()})
-    kept, _ = kept_runs(worlds, {w: [] for w in came}, came, rows_together(worlds.model))
-    return {w: logits_of(worlds.model, run) for w, run in kept.items()}
+    kept, new = kept_runs(worlds, {w: [] for w in came}, came, rows_together(worlds.model))
+    return {w: logits_of(worlds.model, run) for w, run in kept.items()}, len(new)

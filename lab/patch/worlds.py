@@ -242,9 +242,11 @@ class Worlds:
         from lab.patch.suffix import own_logits
 
         found = own_logits(self) if executor == "fast" else None
-        n = len(self.names)
+        if found is None:
+            found = dict(zip(self.names, self.run()[:, -1], strict=True)), len(self.names)
+        logits, n = found
         self.ledger = self.ledger + Ledger(n, n)
-        return dict(zip(self.names, self.run()[:, -1], strict=True)) if found is None else found
+        return logits
 
     def _check(self, edits: Sequence[Edit], only: str | None = None) -> None:
         for edit in edits:
